@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from ctxstore.errors import CtxStoreError, Overloaded, error_from_code
-from ctxstore.limits import KEY_BYTES
+from ctxstore.limits import FAILURE_TEXT_BYTES_MAX, KEY_BYTES, REQUEST_TIMEOUT_S_MAX
 from ctxstore.wire.columns import (
     ENTRY_DTYPE,
     STAT_DTYPE,
@@ -34,6 +34,8 @@ from ctxstore.wire.columns import (
     u32_column,
     u64_column,
 )
+
+_RETRY_AFTER_MS_MAX = int(REQUEST_TIMEOUT_S_MAX * 1000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +104,15 @@ class Failure:
 
 
 def failure_from_error(rid: int, error: CtxStoreError) -> Failure:
-    """What to send for an error of ours."""
-    retry_ms = max(1, round(error.retry_after_s * 1000)) if isinstance(error, Overloaded) else 0
-    return Failure(rid=rid, code=error.code, message=str(error), retry_after_ms=retry_ms)
+    """What to send for an error of ours; its text is cut to FAILURE_TEXT_BYTES_MAX."""
+    retry_ms = 0
+    if isinstance(error, Overloaded):
+        retry_ms = min(max(1, round(error.retry_after_s * 1000)), _RETRY_AFTER_MS_MAX)
+    return Failure(rid=rid, code=error.code, message=_cut_text(str(error)), retry_after_ms=retry_ms)
+
+
+def _cut_text(text: str) -> str:
+    return text.encode(errors="replace")[:FAILURE_TEXT_BYTES_MAX].decode(errors="ignore")
 
 
 def error_from_failure(failure: Failure) -> CtxStoreError:
