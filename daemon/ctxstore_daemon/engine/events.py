@@ -3,6 +3,11 @@
 Owns the vocabulary between the pure `Machine` and the executor. Wire messages are used as they are: a
 request comes in as the message of the client and its answer leaves as the message to be sent.
 Offsets into the arena are bytes from its start; slots begin on 4 KiB pages and have whole pages.
+
+Inline shards (length ≤ INLINE_BYTES_MAX, zero included) never have a slot: they carry slot offset -1 and
+slot_bytes 0 in CopyIn and OfferPut, and their payloads come back in `inline` of CopyDone and
+PayloadDone. Every CopyIn, ReadExtents, WriteGroup, RecycleSegment and AppendMeta is answered exactly once,
+whatever happens to the connection meanwhile: the engine's I/O pins end only with the answer.
 """
 
 from __future__ import annotations
@@ -91,21 +96,31 @@ class StreamPutArrived:
 class PayloadDone:
     """Payloads of the wanted keys of put (conn, rid), in order: `ok` per key, `sums` as verified in the arena.
 
-    A False entry never arrived whole or failed its checksum twice; its slot is given back.
+    A False entry never arrived whole or failed its checksum twice; its slot is given back. `inline` holds
+    the payloads of the wanted inline keys one after another, in order, `length` bytes each (any bytes for
+    those that are not ok). Exactly one PayloadDone follows an OfferPut with a WANTED verdict, with all ok
+    False when the connection died: until then the slots may still be written. An OfferPut without
+    WANTED is final: neither PayloadDone nor PutFinished follows.
     """
 
     conn: int
     rid: int
     ok: npt.NDArray[np.bool_]
     sums: U64
+    inline: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class CopyDone:
-    """CopyIn finished; `sums` holds one checksum per item in order."""
+    """CopyIn finished; `sums` holds one checksum per item in order.
+
+    `inline` holds the payloads of the inline items one after another, in order, `length` bytes each; it is
+    the daemon's own copy, and the sums are taken from that copy.
+    """
 
     copy_id: int
     sums: U64
+    inline: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +245,9 @@ class CopyIn:
     """Copy staging ranges of `conn` into slots, zero the padding, hash the copies; answer CopyDone.
 
     The staging mapping must stay alive until CopyDone, also when the connection closes meanwhile.
+    Slot offset -1 (slot_bytes 0): an inline item, copied into bytes of its own and handed back in
+    `CopyDone.inline`. Staging offset -1: nothing is copied, the slot's bytes are only hashed again; such
+    a CopyIn is all of that kind and has conn -1.
     """
 
     copy_id: int
@@ -261,7 +279,7 @@ class ReadExtents:
 
 @dataclass(frozen=True, slots=True)
 class WriteGroup:
-    """Append one group: header, then the slots' bytes, one sync. Inline records have slot_bytes 0.
+    """Append one group: header, then the slots' bytes, one sync. Inline records have slot offset -1, bytes 0.
 
     The slots are pinned by the engine until GroupDone or GroupFailed.
     """
@@ -292,7 +310,10 @@ class AppendMeta:
 @dataclass(frozen=True, slots=True)
 class SendShards:
     """Answer a StreamGet: entries (wire DATA_ENTRY_DTYPE, in key order); payload i of a HIT stands at
-    slot_offsets[i] in the arena, or at inline_offsets[i] in `inline` where slot_offsets[i] is -1."""
+    slot_offsets[i] in the arena, or at inline_offsets[i] in `inline` where slot_offsets[i] is -1.
+
+    All columns have one row per key (-1 where there is no payload). Exactly one StreamGetDone follows.
+    """
 
     conn: int
     rid: int
@@ -304,7 +325,12 @@ class SendShards:
 
 @dataclass(frozen=True, slots=True)
 class OfferPut:
-    """Answer a StreamPut: verdict per key (PutResult, or WANTED) and, for wanted ones, where to receive."""
+    """Answer a StreamPut: verdict per key (PutResult, or WANTED) and, for wanted ones, where to receive.
+
+    The other columns have one row per WANTED key, in key order; slot offset -1 (slot_bytes 0) means an
+    inline shard, received into memory of its own and handed back in `PayloadDone.inline`. The receiver
+    zeroes the padding of a slot. Where a PutFinished follows, its results replace all these verdicts.
+    """
 
     conn: int
     rid: int
