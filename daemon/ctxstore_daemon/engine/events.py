@@ -59,7 +59,7 @@ class RequestArrived:
     """A control request. A Put's offsets point into the staging of this connection, bounds already checked."""
 
     conn: int
-    message: wire.Request
+    message: wire.Request | wire.OneWay
     deadline_ns: int
 
 
@@ -229,7 +229,7 @@ class Reply:
     """Send this message on the control connection."""
 
     conn: int
-    message: wire.Response
+    message: wire.Reply
 
 
 @dataclass(frozen=True, slots=True)
