@@ -134,6 +134,12 @@ class DataDirError(StorageError):
     code = 44
 
 
+class ManifestError(StorageError):
+    """The bytes of a manifest are damaged, oversized, or of a newer version."""
+
+    code = 45
+
+
 class PlacementError(CtxStoreError):
     """The request reached a node that cannot answer it for its view of the cluster."""
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from ctxstore import limits
-from ctxstore.errors import StorageError
+from ctxstore.errors import ManifestError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -28,12 +28,6 @@ FINGERPRINT_BYTES: Final = 16
 TOKENS_MAX: Final = 2**32 - 1
 _HEAD: Final = struct.Struct("<HHIQ16sI")
 _RUN: Final = np.dtype([("cells", "<u4"), ("length", "<u4")])
-
-
-class ManifestError(StorageError):
-    """The bytes are no manifest that this version can read."""
-
-    code = 45
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +91,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         manifest.fingerprint,
         len(manifest.runs),
     )
-    return head + np.array(manifest.runs, _RUN).tobytes()
+    return head + np.array(list(manifest.runs), _RUN).tobytes()
 
 
 def decode_manifest(payload: bytes | bytearray | memoryview) -> Manifest:

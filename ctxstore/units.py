@@ -74,7 +74,7 @@ def format_size(count_bytes: int) -> str:
     for unit, scale in _SIZES_DOWN:
         if count_bytes and count_bytes % scale == 0:
             return f"{count_bytes // scale}{unit}"
-    return f"{count_bytes}B"
+    return f"{count_bytes}B" if count_bytes else "0"
 
 
 def describe_size(count_bytes: int) -> str:
