@@ -68,7 +68,7 @@ class Violation(ValueError):
 def integer(lowest: int, highest: int) -> Callable[[Any], Any]:
     """An int within both bounds; bool is no int here."""
 
-    def check(value: Any) -> int:  # noqa: ANN401 - the check is what gives it a type
+    def check(value: Any) -> int:
         if type(value) is int and lowest <= value <= highest:
             return value
         raise Violation(f"{_shown(value)} is no integer of {lowest} to {highest}")
@@ -76,21 +76,21 @@ def integer(lowest: int, highest: int) -> Callable[[Any], Any]:
     return check
 
 
-def timeout_us(value: Any) -> int:  # noqa: ANN401
+def timeout_us(value: Any) -> int:
     """Microseconds; more than the longest deadline is cut to it."""
     if type(value) is int and 0 <= value < 2**64:
         return value if value < TIMEOUT_US_MAX else TIMEOUT_US_MAX
     raise Violation(f"{_shown(value)} is no time in microseconds")
 
 
-def boolean(value: Any) -> bool:  # noqa: ANN401
+def boolean(value: Any) -> bool:
     """True or false, not 0 or 1."""
     if type(value) is bool:
         return value
     raise Violation(f"{_shown(value)} is no boolean")
 
 
-def seconds(value: Any) -> float:  # noqa: ANN401
+def seconds(value: Any) -> float:
     """A positive finite float."""
     if type(value) is float and 0.0 < value < math.inf:
         return value
@@ -100,7 +100,7 @@ def seconds(value: Any) -> float:  # noqa: ANN401
 def text(bytes_max: int) -> Callable[[Any], Any]:
     """A str of at most so many bytes of UTF-8."""
 
-    def check(value: Any) -> str:  # noqa: ANN401
+    def check(value: Any) -> str:
         if type(value) is not str:
             raise Violation(f"{_shown(value)} is no text")
         try:
@@ -118,7 +118,7 @@ _short_text = text(NAME_BYTES_MAX)
 token = text(TOKEN_BYTES_MAX)
 
 
-def name(value: Any) -> str:  # noqa: ANN401
+def name(value: Any) -> str:
     """Short and printable, since names end up in logs; may be empty."""
     checked: str = _short_text(value)
     if not checked.isprintable():
@@ -126,12 +126,12 @@ def name(value: Any) -> str:  # noqa: ANN401
     return checked
 
 
-def role(value: Any) -> Role:  # noqa: ANN401
+def role(value: Any) -> Role:
     """A Role, also from its number."""
     return Role(integer(0, max(Role))(int(value) if type(value) is Role else value))
 
 
-def durability(value: Any) -> Durability:  # noqa: ANN401
+def durability(value: Any) -> Durability:
     """A Durability, also from its number."""
     if type(value) is Durability:
         return value
@@ -140,25 +140,25 @@ def durability(value: Any) -> Durability:  # noqa: ANN401
     raise Violation(f"{_shown(value)} is no durability")
 
 
-def identity(value: Any) -> bytes:  # noqa: ANN401
+def identity(value: Any) -> bytes:
     """Exactly 16 bytes."""
     if type(value) is bytes and len(value) == ID_BYTES:
         return value
     raise Violation(f"{_shown(value)} is no id of {ID_BYTES} bytes")
 
 
-def session(value: Any) -> bytes:  # noqa: ANN401
+def session(value: Any) -> bytes:
     """16 bytes or none."""
     return b"" if value == b"" and type(value) is bytes else identity(value)
 
 
-def column(value: Any) -> Column:  # noqa: ANN401
+def column(value: Any) -> Column:
     """Packed bytes of any length; how many is a relation to the keys."""
     _length(value)
     return value  # type: ignore[no-any-return]
 
 
-def keys(value: Any) -> Column:  # noqa: ANN401
+def keys(value: Any) -> Column:
     """1 to BATCH_KEYS_MAX keys."""
     length = len(value) if type(value) is bytes else _length(value)
     if length % KEY_BYTES or not 0 < length <= _KEYS_BYTES_MAX:
@@ -168,13 +168,13 @@ def keys(value: Any) -> Column:  # noqa: ANN401
     return value  # type: ignore[no-any-return]
 
 
-def leases(value: Any) -> Column:  # noqa: ANN401
+def leases(value: Any) -> Column:
     """1 to BATCH_KEYS_MAX u64."""
     _rows(value, 8)
     return value  # type: ignore[no-any-return]
 
 
-def inline(value: Any) -> Column:  # noqa: ANN401
+def inline(value: Any) -> Column:
     """Inline payload bytes of a reply."""
     length = _length(value)
     if length > FRAME_BYTES_MAX:
@@ -182,7 +182,7 @@ def inline(value: Any) -> Column:  # noqa: ANN401
     return value  # type: ignore[no-any-return]
 
 
-def get_entries(value: Any) -> Column:  # noqa: ANN401
+def get_entries(value: Any) -> Column:
     """Rows of ENTRY_DTYPE with known status and flags."""
     _rows(value, ENTRY_DTYPE.itemsize)
     _only(value, _LOOKUPS, start=_STATUS_AT, step=ENTRY_DTYPE.itemsize)
@@ -190,21 +190,21 @@ def get_entries(value: Any) -> Column:  # noqa: ANN401
     return value  # type: ignore[no-any-return]
 
 
-def stat_entries(value: Any) -> Column:  # noqa: ANN401
+def stat_entries(value: Any) -> Column:
     """Rows of STAT_DTYPE with a known tier."""
     _rows(value, STAT_DTYPE.itemsize)
     _only(value, _STAT_TIERS, start=_TIER_AT, step=STAT_DTYPE.itemsize)
     return value  # type: ignore[no-any-return]
 
 
-def put_results(value: Any) -> Column:  # noqa: ANN401
+def put_results(value: Any) -> Column:
     """1 to BATCH_KEYS_MAX PutResults."""
     _rows(value, 1)
     _only(value, _PUT_RESULTS)
     return value  # type: ignore[no-any-return]
 
 
-def mask(value: Any) -> Column:  # noqa: ANN401
+def mask(value: Any) -> Column:
     """1 to BATCH_KEYS_MAX of 0 or 1."""
     _rows(value, 1)
     _only(value, b"\x00\x01")
@@ -273,7 +273,7 @@ def get_reply(message: GetReply) -> None:
         raise Violation("entries: an inline shard outside the inline bytes")
 
 
-def _length(value: Any) -> int:  # noqa: ANN401
+def _length(value: Any) -> int:
     if type(value) is bytes:
         return len(value)
     if type(value) is memoryview and value.c_contiguous:
@@ -281,7 +281,7 @@ def _length(value: Any) -> int:  # noqa: ANN401
     raise Violation(f"{_shown(value)} is no bytes")
 
 
-def _rows(value: Any, row_bytes: int) -> None:  # noqa: ANN401
+def _rows(value: Any, row_bytes: int) -> None:
     length = len(value) if type(value) is bytes else _length(value)
     if length % row_bytes or not 0 < length <= row_bytes * BATCH_KEYS_MAX:
         raise Violation(
@@ -306,7 +306,7 @@ def _one_or_all(value: Column, item_bytes: int, count: int, column_name: str) ->
     return length != item_bytes or any(value)
 
 
-def _shown(value: Any) -> str:  # noqa: ANN401
+def _shown(value: Any) -> str:
     """A value of the peer, short enough for an error text."""
     if isinstance(value, bytes | memoryview):
         return f"{len(value)} bytes"

@@ -233,7 +233,7 @@ def _flat(values: list[Any]) -> list[Any]:
     return values
 
 
-def _unpack(payload: Column) -> Any:  # noqa: ANN401 - nothing is known about it yet
+def _unpack(payload: Column) -> Any:
     try:
         return msgpack.unpackb(
             payload,
@@ -254,6 +254,8 @@ def _check_versions(values: list[Any]) -> None:
     if len(values) < 4 or type(values[2]) is not int or type(values[3]) is not int:
         raise RemoteProtocolError("HELLO starts with the versions it offers")
     lowest, highest = values[2], values[3]
+    if not 0 <= lowest <= highest:
+        raise RemoteProtocolError(f"HELLO.version_min: {lowest} to {highest} is no range")
     if highest < VERSION_MIN or lowest > VERSION_MAX:
         raise VersionMismatch(
             f"this side speaks versions {VERSION_MIN} to {VERSION_MAX}, "

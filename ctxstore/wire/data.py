@@ -297,7 +297,8 @@ def _check_header(header: DataHeader, error: type[ProtocolError]) -> None:
     op, count = header.op, header.count
     if not (0 if op is DataOp.FAILURE else 1) <= header.rid <= RID_MAX:
         fail(f"rid {header.rid}")
-    if header.flags & ~(DataFlag.EXACT if op is DataOp.GET else 0):
+    # As plain ints: the complement of an IntFlag knows only the flags that have a name.
+    if header.flags & ~(int(DataFlag.EXACT) if op is DataOp.GET else 0):
         fail(f"flags {header.flags:#x}")
     if op is DataOp.FAILURE:
         if count:
