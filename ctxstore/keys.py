@@ -35,7 +35,7 @@ CellIndex = NewType("CellIndex", int)
 KeyArray = npt.NDArray[np.uint8]
 """(n, 16) uint8, C-contiguous: one key a row."""
 
-Keys = Sequence[bytes] | KeyArray
+Keys = Sequence[bytes | bytearray | memoryview] | KeyArray
 """What public methods accept as keys."""
 
 Tokens = Sequence[int] | npt.NDArray[Any]

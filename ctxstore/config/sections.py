@@ -359,6 +359,11 @@ class DaemonConfig:
                 f"disk.cap_bytes: {describe_size(self.disk.cap_bytes)} is less than "
                 f"{limits.SEGMENTS_MIN} segments and the meta log"
             )
+        if self.shard_bytes_max < limits.PAGE_BYTES:
+            raise ConfigError(
+                f"memory.cap_bytes: {describe_size(self.memory.cap_bytes)} leaves no room for "
+                "a shard in staging"
+            )
 
     def check_machine(self, *, physical_memory_bytes: int) -> None:
         """Raise `ConfigError` where the machine cannot hold what is configured."""
