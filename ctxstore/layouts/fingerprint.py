@@ -101,7 +101,7 @@ def _encoded_plain(value: object) -> tuple[bytes, bytes]:
     raise TypeError(f"a fingerprint holds no {type(value).__name__}")
 
 
-def _plain_numbers(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+def _plain_numbers(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(name): _plain_numbers(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
