@@ -30,7 +30,6 @@ _DERIVED_SIZES: Final = (
     "staging_connection_bytes",
     "lease_connection_bytes_max",
     "segment_bytes",
-    "meta_bytes_max",
     "group_bytes_max",
     "write_behind_bytes_max",
     "shard_bytes_max",
@@ -100,7 +99,6 @@ def describe(config: DaemonConfig) -> list[str]:
             shown = show_value(setting_of(described), getattr(namespace, described.name))
             lines.append(f"{NAMESPACES}.{namespace.name}.{described.name}={shown}")
     lines += [f"derived.{name}={getattr(config, name)}" for name in _DERIVED_SIZES]
-    lines.append(f"derived.segments={config.segments}")
     lines.append(f"derived.data_address={config.data_address}")
     lines.append(f"derived.http_address={config.http_address}")
     return lines

@@ -21,10 +21,7 @@ DISK_BYTES_MIN: Final = 32 * limits.MIB
 MEMORY_BYTES_MIN: Final = 32 * limits.MIB
 STAGING_CONNECTIONS_MIN: Final = 4
 """Connections that can have staging at once, however small the memory."""
-META_DISK_FRACTION: Final = 1 / 32
-"""Part of the disk cap kept for the meta log, its checkpoint and small files."""
-META_BYTES_MIN: Final = 2 * limits.MIB
-META_BYTES_MAX: Final = 256 * limits.MIB
+_SEGMENT_UNIT: Final = 64 * limits.KIB
 
 
 class LogLevel(Enum):
@@ -354,11 +351,6 @@ class DaemonConfig:
                 raise ConfigError(f"node.{name} has more than {limits.NAME_BYTES_MAX} bytes")
         if not node.data_dir:
             raise ConfigError("node.data_dir is empty")
-        if self.segments < limits.SEGMENTS_MIN:
-            raise ConfigError(
-                f"disk.cap_bytes: {describe_size(self.disk.cap_bytes)} is less than "
-                f"{limits.SEGMENTS_MIN} segments and the meta log"
-            )
         if self.shard_bytes_max < limits.PAGE_BYTES:
             raise ConfigError(
                 f"memory.cap_bytes: {describe_size(self.memory.cap_bytes)} leaves no room for "
@@ -411,22 +403,13 @@ class DaemonConfig:
         return int(self.arena_bytes * limits.LEASE_ARENA_FRACTION)
 
     @property
-    def meta_bytes_max(self) -> int:
-        """Part of the disk cap for the meta log and small files."""
-        share = int(self.disk.cap_bytes * META_DISK_FRACTION)
-        return min(META_BYTES_MAX, max(META_BYTES_MIN, share))
-
-    @property
     def segment_bytes(self) -> int:
-        """Size of a segment: min(256 MiB, a sixteenth of the disk cap), whole pages."""
-        return _round_down(
-            min(limits.SEGMENT_BYTES_MAX, self.disk.cap_bytes // 16), limits.PAGE_BYTES
-        )
+        """Segment size of a new data directory: min(256 MiB, a sixteenth of the disk cap).
 
-    @property
-    def segments(self) -> int:
-        """Number of segments that fit under the disk cap beside the meta log."""
-        return (self.disk.cap_bytes - self.meta_bytes_max) // self.segment_bytes
+        An existing directory keeps its own; the node announces the shard limit of both.
+        """
+        wanted = _round_down(self.disk.cap_bytes // 16, _SEGMENT_UNIT)
+        return min(limits.SEGMENT_BYTES_MAX, max(limits.SEGMENT_BYTES_MIN, wanted))
 
     @property
     def shard_bytes_max(self) -> int:

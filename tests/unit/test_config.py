@@ -13,7 +13,6 @@ from ctxstore.config import (
     DaemonConfig,
     DirectIO,
     DiskConfig,
-    LimitsConfig,
     LogLevel,
     MemoryConfig,
     NamespaceConfig,
@@ -27,6 +26,7 @@ from ctxstore.config import (
 )
 from ctxstore.errors import ConfigError
 from ctxstore.limits import GIB, MIB
+from ctxstore_daemon.segments.geometry import Geometry
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -228,9 +228,7 @@ def test_names_are_bounded():
         load_config(flags={"node.cluster_id": "x" * 256})
 
 
-def test_too_small_a_disk_is_refused():
-    with pytest.raises(ConfigError, match="segments"):
-        DaemonConfig(disk=DiskConfig(cap_bytes=3 * MIB), limits=LimitsConfig())
+def test_too_small_a_memory_is_refused():
     with pytest.raises(ConfigError, match="no room for a shard"):
         DaemonConfig(memory=MemoryConfig(cap_bytes=8 * MIB))
 
@@ -243,10 +241,8 @@ def test_derived_sizes_hold_together(memory, disk):
     assert config.staging_bytes_max <= memory / 8
     assert 0 < config.staging_connection_bytes * 4 <= config.staging_bytes_max
     assert config.arena_bytes % (2 * MIB) == config.staging_bytes_max % (2 * MIB) == 0
-    assert config.segments * config.segment_bytes + config.meta_bytes_max <= disk
-    assert config.segments >= 8
-    assert config.segment_bytes % 4096 == 0
-    assert config.segment_bytes == min(256 * MIB, disk // 16 // 4096 * 4096)
+    assert config.segment_bytes <= min(256 * MIB, disk / 16)
+    assert config.segment_bytes == Geometry.for_disk(disk).segment_bytes
     assert config.shard_bytes_max == min(
         64 * MIB,
         config.segment_bytes // 4,
