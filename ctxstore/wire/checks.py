@@ -230,10 +230,8 @@ def put(message: Put) -> None:
     _one_or_all(message.priority, 2, count, "priority")
     _one_or_all(message.depth, 4, count, "depth")
     cost = _one_or_all(message.cost, 4, count, "cost")
-    lengths = message.length_column
-    # 0 wraps to the largest value, so one comparison checks both ends.
-    if np.maximum.reduce(lengths - np.uint32(1)) >= SHARD_BYTES_MAX:
-        raise Violation(f"lengths: shards have 1 to {SHARD_BYTES_MAX} bytes")
+    if np.maximum.reduce(message.length_column) > SHARD_BYTES_MAX:
+        raise Violation(f"lengths: shards have at most {SHARD_BYTES_MAX} bytes")
     if ttl_ms and np.maximum.reduce(message.ttl_ms_column) > TTL_MS_MAX:
         raise Violation(f"ttl_ms: at most {TTL_MS_MAX}")
     if cost:

@@ -220,7 +220,7 @@ def puts(draw: st.DrawFn) -> Put:
             st.floats(0, 1e6, width=32) | st.just(float("nan")), min_size=count, max_size=count
         )
     )
-    lengths = draw(st.lists(st.integers(1, SHARD_BYTES_MAX), min_size=count, max_size=count))
+    lengths = draw(st.lists(st.integers(0, SHARD_BYTES_MAX), min_size=count, max_size=count))
     return Put(
         rid=draw(st.integers(1, 2**32 - 1)),
         timeout_us=draw(st.integers(0, 600_000_000)),

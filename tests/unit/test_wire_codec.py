@@ -245,7 +245,6 @@ BAD_FIELDS: list[tuple[Message, str, object]] = [
     (PUT, "durability", "group"),
     (PUT, "lengths", b""),
     (PUT, "lengths", bytes(8)),
-    (PUT, "lengths", _column("<u4", 0)),
     (PUT, "lengths", _column("<u4", SHARD_BYTES_MAX + 1)),
     (PUT, "lengths", _column("<u4", 2**32 - 1)),
     (PUT, "lengths", 300),
@@ -261,7 +260,7 @@ BAD_FIELDS: list[tuple[Message, str, object]] = [
     (PUT, "cost", _column("<f4", 1.1e6)),
     (PUT, "cost", b""),
     (PUT2, "cost", _column("<f4", math.nan, -1)),
-    (PUT2, "lengths", _column("<u4", 1, 0)),
+    (PUT2, "lengths", _column("<u4", 0, SHARD_BYTES_MAX + 1)),
     (PUT2, "ttl_ms", _column("<u8", 0, 0, 0)),
     (GET_REPLY, "lease", -1),
     (GET_REPLY, "entries", b""),
@@ -345,6 +344,13 @@ def test_each_bound_is_kept_both_ways(message: Message, field: str, value: Any) 
 def test_the_text_of_a_violation_names_message_and_field() -> None:
     with pytest.raises(RemoteProtocolError, match=r"^EXISTS\.keys: 15 bytes of keys"):
         decode_message(raw(Exists(rid=1, timeout_us=0, keys=KEY), keys=KEY[:15]))
+
+
+def test_empty_shards_are_legal() -> None:
+    put = replace(PUT, lengths=bytes(4))
+    assert decode_message(encode_payload(put)) == put
+    reply = GetReply(1, 0, ENTRY.pack(0, 7, 0, 0, 0, 1))
+    assert decode_message(encode_payload(reply)) == reply
 
 
 def test_inline_shards_have_a_length_limit() -> None:
