@@ -72,7 +72,7 @@ def generate_from(
     *,
     arguments: Mapping[str, Any],
     on_first_token: Callable[[], None],
-) -> Any:  # noqa: ANN401 - a tensor or one of several output classes, as the caller asked
+) -> Any:
     """`model.generate` for the tokens that `cache` does not hold yet."""
     import torch
 

@@ -151,7 +151,7 @@ class ContextSession:
     def generate(
         self,
         input_ids: Sequence[int] | torch.Tensor,
-        **arguments: Any,  # noqa: ANN401
+        **arguments: Any,
     ) -> Generation:
         """Generate like `model.generate(input_ids, **arguments)`, computing only what is missing.
 
@@ -174,7 +174,7 @@ class ContextSession:
         input_ids: Sequence[int] | torch.Tensor,
         *,
         cut_tokens: int,
-        **arguments: Any,  # noqa: ANN401
+        **arguments: Any,
     ) -> Generation:
         """Generate without the store, the prefill cut in two after `cut_tokens`.
 
