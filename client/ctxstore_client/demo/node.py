@@ -15,7 +15,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
 READY_TIMEOUT_S: Final = 60.0
@@ -29,9 +28,10 @@ class NodeFailed(Exception):
 
 
 class DemoNode:
-    """A daemon on loopback with free ports, its data and its log in `directory`.
+    """A daemon on loopback, its data and its log in `directory`.
 
-    `start` returns when it is ready. `kill` is SIGKILL, `stop` is SIGTERM. Not thread-safe.
+    `listen` is HOST:PORT; port 0 takes free ones. `start` returns when the daemon is ready. `kill`
+    is SIGKILL, `stop` is SIGTERM. Not thread-safe.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class DemoNode:
         *,
         memory: str = "512MiB",
         disk: str = "4GiB",
-        extra: Sequence[str] = (),
+        listen: str = "127.0.0.1:0",
     ) -> None:
         self.data_dir = directory / "data"
         self._log = directory / "daemon.log"
@@ -52,8 +52,7 @@ class DemoNode:
             *("--data-dir", str(self.data_dir)),
             *("--memory", memory),
             *("--disk", disk),
-            *("--listen", "127.0.0.1:0"),
-            *extra,
+            *("--listen", listen),
         ]
         self._process: subprocess.Popen[bytes] | None = None
 
