@@ -5,6 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-done
 PYTEST := $(BIN)/python -m pytest
+LONG   := $(PYTEST) --timeout=3600 -o faulthandler_timeout=3600
 
 SEEDS  ?= 200
 SEED   ?=
@@ -50,16 +51,17 @@ fmt: $(STAMP) ## format, and repair what can be repaired
 	$(BIN)/ruff format .
 
 sim: $(STAMP) ## simulation: SEEDS=200 seeds, or one with SEED=n
-	CTXSTORE_SIM_SEEDS=$(SEEDS) CTXSTORE_SIM_SEED=$(SEED) $(PYTEST) -m sim --timeout=3600
+	CTXSTORE_SIM_SEEDS=$(SEEDS) $(if $(SEED),CTXSTORE_SIM_SEED=$(SEED)) $(LONG) -m sim
 
 crash: $(STAMP) ## kill -9 a real daemon KILLS=200 times
-	CTXSTORE_CRASH_KILLS=$(KILLS) $(PYTEST) -m crash --timeout=3600
+	CTXSTORE_CRASH_KILLS=$(KILLS) $(LONG) -m crash
 
 bench: $(STAMP) ## measure this machine, each path beside its ceiling
 	$(BIN)/ctxstore bench node
 
 docs: $(STAMP) ## regenerate docs/configuration.md
-	$(BIN)/python -m ctxstore.config > docs/configuration.md
+	$(BIN)/python -m ctxstore.config > docs/configuration.md.new
+	mv docs/configuration.md.new docs/configuration.md
 
 wheel: $(STAMP) ## build dist/*.whl
 	$(BIN)/python -m hatchling build -t wheel
