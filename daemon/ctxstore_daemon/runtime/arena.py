@@ -18,7 +18,6 @@ from ctxstore_daemon.runtime.memfd import (
     F_SEAL_FUTURE_WRITE,
     MemoryFile,
     PageKind,
-    transparent_pages_allowed,
 )
 
 STEP_BYTES: Final = limits.GIB
@@ -37,8 +36,9 @@ class Arena:
 
     __slots__ = ("_file", "_table_bytes", "bytes_total", "data", "generations", "populated_bytes")
 
-    def __init__(self, bytes_total: int, *, kinds: tuple[PageKind, ...] | None = None) -> None:
-        self._file = _obtain(bytes_total, kinds or _ladder())
+    def __init__(self, bytes_total: int, *, kinds: tuple[PageKind, ...]) -> None:
+        """Take the first of `kinds` that can be had. Raises StorageError when none can."""
+        self._file = _obtain(bytes_total, kinds)
         self.bytes_total = bytes_total
         self.populated_bytes = 0
         pages = bytes_total // limits.PAGE_BYTES
@@ -78,16 +78,10 @@ class Arena:
         return stop
 
     def close(self) -> None:
-        """Unmap. Raises BufferError while somebody still holds a view."""
+        """Let go of the memory, which is unmapped with the last view of it. Idempotent."""
         self.data = np.zeros(0, np.uint8)
         self.generations = np.zeros(0, np.uint32)
         self._file.close()
-
-
-def _ladder() -> tuple[PageKind, ...]:
-    if transparent_pages_allowed():
-        return (PageKind.HUGETLB, PageKind.TRANSPARENT)
-    return (PageKind.HUGETLB, PageKind.SMALL)
 
 
 def _obtain(bytes_total: int, kinds: tuple[PageKind, ...]) -> MemoryFile:

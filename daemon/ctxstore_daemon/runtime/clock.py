@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import time
 
@@ -19,6 +18,6 @@ class SystemClock:
         return Now(time.monotonic_ns(), time.time_ns())
 
 
-def system_rng() -> random.Random:
-    """`Rng` for jitter and ids."""
-    return random.Random(os.urandom(16))
+def system_rng() -> random.SystemRandom:
+    """`Rng` for jitter, ids and salts; from the kernel, so it may be used for secrets."""
+    return random.SystemRandom()

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ctxstore import limits
+from ctxstore.config import PagePreference
 from ctxstore.errors import OutOfSpace, StorageError
 
 F_SEAL_SEAL: Final = 0x01
@@ -52,7 +53,7 @@ class PageKind(Enum):
 class MemoryFile:
     """A sealed memfd and this process's writable map of it.
 
-    Call order: construct, `populate` ranges, `close` once no view of `data` is in use any more.
+    Call order: construct, `populate` ranges, `close`.
     The size never changes. `fd` may be passed to other processes; what they can do with it is set
     by `seals`, which apply to everybody and to every later mapping, not to the one made here.
     """
@@ -61,7 +62,8 @@ class MemoryFile:
 
     def __init__(self, name: str, size: int, *, kind: PageKind, seals: int) -> None:
         assert size > 0, "an empty memory file has no use"
-        assert size % limits.HUGE_PAGE_BYTES == 0, "memory files have whole huge pages"
+        page = limits.HUGE_PAGE_BYTES if kind is PageKind.HUGETLB else limits.PAGE_BYTES
+        assert size % page == 0, "memory files have whole pages"
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
         if kind is PageKind.HUGETLB:
             flags |= os.MFD_HUGETLB | _MFD_HUGE_2MB
@@ -72,7 +74,9 @@ class MemoryFile:
             self.fd = os.memfd_create(name, flags)
             os.ftruncate(self.fd, size)
             # For hugetlb pages this is where a shortage shows: mapping reserves all of them.
-            self._map = mmap.mmap(self.fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            self._map: mmap.mmap | None = mmap.mmap(
+                self.fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE
+            )
         except OSError as error:
             if self.fd >= 0:
                 os.close(self.fd)
@@ -102,14 +106,17 @@ class MemoryFile:
             return self.size
         return _huge_bytes_at(self._address)
 
+    def close_descriptor(self) -> None:
+        """Close `fd` once it was passed on; the map stays. Idempotent."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
     def close(self) -> None:
-        """Unmap and close. Idempotent. Raises BufferError while a view of `data` is alive."""
-        if self.fd < 0:
-            return
+        """Close the descriptor and let go of the map, which ends with the last view of `data`."""
         self.data = np.zeros(0, np.uint8)
-        self._map.close()
-        os.close(self.fd)
-        self.fd = -1
+        self._map = None
+        self.close_descriptor()
 
     def _advise(self, advice: int, start: int, length: int) -> None:
         while _libc.madvise(self._address + start, length, advice) != 0:
@@ -136,6 +143,16 @@ def transparent_pages_allowed() -> bool:
     except OSError:
         return False
     return any(f"[{mode}]" in text for mode in ("always", "within_size", "advise", "force"))
+
+
+def page_ladder(preference: PagePreference) -> tuple[PageKind, ...]:
+    """Kinds to try, best first: the preferred one and what it falls back to."""
+    shared = PageKind.TRANSPARENT if transparent_pages_allowed() else PageKind.SMALL
+    if preference is PagePreference.SMALL:
+        return (PageKind.SMALL,)
+    if preference is PagePreference.TRANSPARENT:
+        return (shared,)
+    return (PageKind.HUGETLB, shared)
 
 
 def _huge_bytes_at(address: int) -> int:

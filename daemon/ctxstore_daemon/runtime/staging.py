@@ -7,18 +7,29 @@ hole from an empty huge page pool would kill the daemon with SIGBUS. Truncation 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
+from ctxstore.config import PagePreference
 from ctxstore.errors import StorageError
-from ctxstore_daemon.runtime.memfd import MemoryFile, PageKind, transparent_pages_allowed
+from ctxstore_daemon.runtime.memfd import MemoryFile, page_ladder
+from ctxstore_daemon.server.shm import StagingGrant
+from ctxstore_daemon.telemetry.log import event_log
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_log = event_log(__name__)
 
 
 def create_staging(size: int) -> MemoryFile:
-    """A populated file of `size` bytes (whole 2 MiB) that both sides may write, neither resize.
+    """A populated file of `size` bytes (whole 4 KiB) that both sides may write, neither resize.
 
     Takes milliseconds for large sizes: call it in a thread. Raises StorageError.
     """
-    kind = PageKind.TRANSPARENT if transparent_pages_allowed() else PageKind.SMALL
+    (kind,) = page_ladder(PagePreference.TRANSPARENT)
     file = MemoryFile("ctxstore-staging", size, kind=kind, seals=0)
     try:
         file.populate(0, size)
@@ -33,3 +44,37 @@ def release_staging(file: MemoryFile) -> None:
     with contextlib.suppress(StorageError):  # then they go with the client's last mapping
         file.discard()
     file.close()
+
+
+class StagingPool:
+    """Makes and returns staging in a thread of its own. `close` waits for what runs."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ctxstore-staging")
+
+    async def create(self, size: int) -> tuple[MemoryFile, StagingGrant]:
+        """The file, whose descriptor goes to the client, and the grant for its session.
+
+        Raises StorageError. Cancelled: the memory is returned as soon as it is there.
+        """
+        loop = asyncio.get_running_loop()
+        making = loop.run_in_executor(self._pool, create_staging, size)
+        try:
+            file = await asyncio.shield(making)
+        except asyncio.CancelledError:
+            making.add_done_callback(self._drop)
+            raise
+
+        def release(then: Callable[[], None]) -> None:
+            gone = loop.run_in_executor(self._pool, release_staging, file)
+            gone.add_done_callback(lambda _: then())
+
+        return file, StagingGrant(file.data, release)
+
+    def close(self) -> None:
+        """End the thread. Idempotent."""
+        self._pool.shutdown(wait=True)
+
+    def _drop(self, made: asyncio.Future[MemoryFile]) -> None:
+        if not made.cancelled() and made.exception() is None:
+            release_staging(made.result())

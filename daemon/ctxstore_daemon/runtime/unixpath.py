@@ -13,6 +13,8 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ctxstore.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -28,11 +30,17 @@ def candidate_directories(environment: Mapping[str, str], uid: int) -> Iterator[
     yield Path("/tmp") / f"ctxstore-{uid}"
 
 
-def bind_unix(node_id: bytes) -> tuple[socket.socket, Path] | None:
-    """A bound socket (mode 0600, in a directory only its owner enters), or None if no place does.
+def bind_unix(setting: str, node_id: bytes) -> tuple[socket.socket, Path] | None:
+    """A bound socket of mode 0600 and its path, or None if there is to be none or no place works.
 
-    Two daemons that carry the same node id (a copied data directory) get different names.
+    `setting` is "off", a path, or "auto": then the directory is one that only its owner enters,
+    and two daemons that carry the same node id (a copied data directory) get different names.
+    A given path that cannot be used raises ConfigError.
     """
+    if setting == "off":
+        return None
+    if setting != "auto":
+        return _bind_given(Path(setting).absolute())
     for directory in candidate_directories(os.environ, os.getuid()):
         if not _own_directory(directory):
             continue
@@ -43,6 +51,22 @@ def bind_unix(node_id: bytes) -> tuple[socket.socket, Path] | None:
             if bound := _bind(path):
                 return bound, path
     return None
+
+
+def _bind_given(path: Path) -> tuple[socket.socket, Path]:
+    if len(os.fsencode(path)) > PATH_BYTES_MAX:
+        raise ConfigError(
+            f"unix socket path {path} has {len(os.fsencode(path))} bytes, "
+            f"at most {PATH_BYTES_MAX} can be used"
+        )
+    if path.exists() and not path.is_socket():
+        raise ConfigError(f"unix socket path {path} exists and is no socket")
+    if _is_served(path):
+        raise ConfigError(f"unix socket {path} is served by another process")
+    bound = _bind(path)
+    if bound is None:
+        raise ConfigError(f"cannot listen on unix socket {path}: is its directory writable?")
+    return bound, path
 
 
 def remove_socket(path: Path) -> None:

@@ -1,0 +1,341 @@
+"""Carries out what the engine decides and tells it what came of it.
+
+Owns running instructions: replies, copies, reads, group writes, meta appends, timers. It must not
+decide anything: an error of the outside becomes an event, an error of ours ends the node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Final, Protocol
+
+import numpy as np
+
+from ctxstore.errors import DeviceError, OutOfSpace, StorageError
+from ctxstore.seams import CopyJob
+from ctxstore.wire.messages import WANTED
+from ctxstore_daemon.engine import events
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    import numpy.typing as npt
+
+    from ctxstore.seams import Clock, Mover, Now
+    from ctxstore.wire import messages as wire
+    from ctxstore_daemon.engine.machine import Machine
+    from ctxstore_daemon.segments.store import SegmentStore
+    from ctxstore_daemon.tiers.memory import ArenaMemory
+
+META_BATCH_MAX: Final = 256
+"""Meta appends that share one write and one sync."""
+
+TIMER_SLACK_S: Final = 0.0005
+"""Event loops round timers to milliseconds: a timer that fires early would only fire again."""
+
+StreamInstruction = events.SendShards | events.OfferPut | events.PutFinished
+
+
+class ControlSink(Protocol):
+    """Where replies to one control connection go. Neither call may call back into the executor."""
+
+    def deliver(self, message: wire.Reply) -> None:
+        """Send one reply; when the connection is gone, nothing happens."""
+        ...
+
+    def end(self, reason: str) -> None:
+        """Tell the client why, and close."""
+        ...
+
+
+class StreamSink(Protocol):
+    """Where the engine's answers to one data connection go; calls do not block."""
+
+    def deliver(self, instruction: StreamInstruction) -> None:
+        """Hand over the answer to the request that the connection waits on."""
+        ...
+
+    def end(self, reason: str) -> None:
+        """Shut the connection down."""
+        ...
+
+
+class _CopiesState:
+    """Copies out of one connection's staging, which must outlive them."""
+
+    __slots__ = ("closed", "running", "staging", "when_idle")
+
+    def __init__(self, staging: npt.NDArray[np.uint8]) -> None:
+        self.staging = staging
+        self.running = 0
+        self.closed = False
+        self.when_idle: Callable[[], None] | None = None
+
+
+class Executor:
+    """Runs one machine on the running loop.
+
+    Call order: construct, `run` as a task until the node ends, `submit` events from the loop's
+    thread only. `submit` carries out everything that needs no waiting before it returns; the
+    rest runs in tasks owned by `run`. Cancelling `run` cancels them; buffers that disk and mover
+    still use stay alive until those are closed.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        *,
+        store: SegmentStore,
+        mover: Mover,
+        clock: Clock,
+        arena: ArenaMemory,
+    ) -> None:
+        self.machine = machine
+        self.failure: BaseException | None = None
+        """What ended the node, if our own code did."""
+        self._store = store
+        self._mover = mover
+        self._clock = clock
+        self._arena = arena.data
+        self._controls: dict[int, ControlSink] = {}
+        self._streams: dict[int, StreamSink] = {}
+        self._copies: dict[int, _CopiesState] = {}
+        self._waiting: deque[events.Event] = deque()
+        self._handling = False
+        self._groups: asyncio.Queue[events.WriteGroup] = asyncio.Queue()
+        self._appends: asyncio.Queue[events.AppendMeta] = asyncio.Queue()
+        self._tasks: asyncio.TaskGroup | None = None
+        self.started = asyncio.Event()
+        """Set once events may be submitted."""
+        self._ended = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_ns = 0
+        self._counts = (-1, -1)
+        self._actions: dict[type, Callable[..., None]] = {
+            events.Reply: self._reply,
+            events.CloseConn: self._close_conn,
+            events.CopyIn: self._copy_in,
+            events.ReadExtents: lambda i: self._spawn(self._read(i)),
+            events.WriteGroup: lambda i: self._groups.put_nowait(i),
+            events.RecycleSegment: lambda i: self._spawn(self._recycle(i)),
+            events.AppendMeta: lambda i: self._appends.put_nowait(i),
+            events.SendShards: self._stream,
+            events.OfferPut: self._stream,
+            events.PutFinished: self._stream,
+        }
+
+    async def run(self) -> None:
+        """Own the tasks until `end` or a failure of our own code, raised as an ExceptionGroup."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                self.started.set()
+                workers = [tasks.create_task(self._write_groups())]
+                workers.append(tasks.create_task(self._append_metas()))
+                await self._ended.wait()
+                if self.failure is not None:
+                    raise self.failure  # cancels the tasks
+                for worker in workers:
+                    worker.cancel()
+        finally:
+            self._tasks = None
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def end(self) -> None:
+        """Let `run` return when the tasks that run now are through."""
+        self._ended.set()
+
+    def submit(self, event: events.Event) -> None:
+        """Have the machine handle an event and start what it orders."""
+        if self._handling:  # a sink called back: keep the order of events
+            self._waiting.append(event)
+            return
+        self._handling = True
+        try:
+            now = self._clock.now()
+            self._handle(event, now)
+            while self._waiting:
+                self._handle(self._waiting.popleft(), now)
+            self._set_timer(now)
+        except BaseException as error:
+            # The state may be half changed: the node must end and start again from disk.
+            self.failure = error
+            self._ended.set()
+            raise
+        finally:
+            self._handling = False
+
+    def _handle(self, event: events.Event, now: Now) -> None:
+        for instruction in self.machine.handle(event, now):
+            self._actions[type(instruction)](instruction)
+
+    # ------------------------------------------------------------------------- connections
+
+    def open_control(
+        self, conn: int, sink: ControlSink, staging: npt.NDArray[np.uint8] | None
+    ) -> None:
+        """Route replies of `conn` to `sink`, its copies to `staging`."""
+        self._controls[conn] = sink
+        if staging is not None:
+            self._copies[conn] = _CopiesState(staging)
+
+    def open_stream(self, conn: int, sink: StreamSink) -> None:
+        """Route answers of data connection `conn` to `sink`."""
+        self._streams[conn] = sink
+
+    def close_conn(self, conn: int, *, when_idle: Callable[[], None] | None = None) -> None:
+        """The connection is gone. `when_idle` is called once no copy reads its staging."""
+        self._controls.pop(conn, None)
+        self._streams.pop(conn, None)
+        copies = self._copies.get(conn)
+        if copies is not None:
+            copies.when_idle = when_idle
+            copies.closed = True
+        self.submit(events.ConnClosed(conn))
+        if copies is not None and not copies.running:
+            self._drop_staging(conn, copies)
+
+    def _drop_staging(self, conn: int, copies: _CopiesState) -> None:
+        del self._copies[conn]
+        copies.staging = np.zeros(0, np.uint8)
+        if copies.when_idle is not None:
+            copies.when_idle()
+
+    def _reply(self, instruction: events.Reply) -> None:
+        sink = self._controls.get(instruction.conn)
+        if sink is not None:
+            sink.deliver(instruction.message)
+
+    def _close_conn(self, instruction: events.CloseConn) -> None:
+        sink = self._controls.get(instruction.conn) or self._streams.get(instruction.conn)
+        if sink is not None:
+            sink.end(instruction.reason)
+
+    def _stream(self, instruction: StreamInstruction) -> None:
+        sink = self._streams.get(instruction.conn)
+        if sink is not None:
+            sink.deliver(instruction)
+        else:
+            self.decline(instruction)
+
+    def decline(self, instruction: StreamInstruction) -> None:
+        """Nobody will act on this answer any more: give its pins and slots back."""
+        conn, rid = instruction.conn, instruction.rid
+        if isinstance(instruction, events.SendShards):
+            self.submit(events.StreamGetDone(conn, rid))
+        elif isinstance(instruction, events.OfferPut):
+            count = int(np.count_nonzero(instruction.verdicts == WANTED))
+            nothing = np.zeros(count, np.bool_)
+            self.submit(events.PayloadDone(conn, rid, nothing, np.zeros(count, np.uint64)))
+
+    # ------------------------------------------------------------------------- bytes
+
+    def _copy_in(self, instruction: events.CopyIn) -> None:
+        copies = self._copies[instruction.conn]
+        # Counted from here on, not from the task's first step: the connection may close before.
+        copies.running += 1
+        self._spawn(self._copy(instruction, copies))
+
+    async def _copy(self, instruction: events.CopyIn, copies: _CopiesState) -> None:
+        sums = await self._mover.copy_in(self._copy_jobs(instruction, copies.staging))
+        copies.running -= 1
+        self.submit(events.CopyDone(instruction.copy_id, np.array(sums, np.uint64)))
+        if not copies.running and copies.closed:
+            self._drop_staging(instruction.conn, copies)
+
+    def _copy_jobs(
+        self, instruction: events.CopyIn, staging: npt.NDArray[np.uint8]
+    ) -> list[CopyJob]:
+        arena = self._arena
+        columns = zip(
+            instruction.staging_offsets.tolist(),
+            instruction.slot_offsets.tolist(),
+            instruction.slot_bytes.tolist(),
+            instruction.lengths.tolist(),
+            instruction.seeds.tolist(),
+            strict=True,
+        )
+        return [
+            CopyJob(
+                source=staging[source : source + length],
+                slot=arena[slot : slot + slot_bytes],
+                length=length,
+                seed=seed,
+            )
+            for source, slot, slot_bytes, length, seed in columns
+        ]
+
+    async def _read(self, instruction: events.ReadExtents) -> None:
+        statuses = await self._store.read_extents(instruction, self._arena)
+        self.submit(events.ReadsDone(instruction.read_id, statuses))
+
+    async def _write_groups(self) -> None:
+        while True:
+            instruction = await self._groups.get()
+            try:
+                done: events.Event = await self._store.write_group(instruction, self._arena)
+            except OutOfSpace as error:
+                done = events.GroupFailed(instruction.group_id, full=True, reason=str(error))
+            except StorageError as error:
+                done = events.GroupFailed(instruction.group_id, full=False, reason=str(error))
+            self.submit(done)
+            self.report_segments()
+
+    async def _recycle(self, instruction: events.RecycleSegment) -> None:
+        try:
+            await self._store.recycle(instruction.segment)
+        except DeviceError as error:
+            self.submit(events.SegmentLost(instruction.segment, str(error)))
+        else:
+            self.submit(events.SegmentRecycled(instruction.segment))
+        self.report_segments()
+
+    async def _append_metas(self) -> None:
+        while True:
+            batch = [await self._appends.get()]
+            while len(batch) < META_BATCH_MAX and not self._appends.empty():
+                batch.append(self._appends.get_nowait())
+            records = (
+                batch[0].records
+                if len(batch) == 1
+                else np.concatenate([append.records for append in batch])
+            )
+            ok = True
+            try:
+                await self._store.append_meta(records, any(append.sync for append in batch))
+            except StorageError:
+                ok = False
+            for append in batch:
+                self.submit(events.MetaDone(append.meta_id, ok))
+
+    def report_segments(self) -> None:
+        """Tell the machine how many segments are free, if that has changed."""
+        counts = self._store.counts()
+        if counts != self._counts:
+            self._counts = counts
+            free, usable = counts
+            self.submit(events.SegmentsChanged(free, usable))
+
+    # ------------------------------------------------------------------------- time
+
+    def _set_timer(self, now: Now) -> None:
+        wakeup_ns = self.machine.next_wakeup_ns()
+        if wakeup_ns is None:
+            return
+        if self._timer is not None:
+            if self._timer_ns <= wakeup_ns:
+                return
+            self._timer.cancel()
+        delay_s = max(0, wakeup_ns - now.mono_ns) / 1e9 + TIMER_SLACK_S
+        self._timer_ns = wakeup_ns
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self.submit(events.Tick())
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        assert self._tasks is not None, "instructions before run() or after its end"
+        self._tasks.create_task(work)
