@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+torch: Any = pytest.importorskip("torch")
+transformers: Any = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.engines
 
@@ -57,7 +57,8 @@ def plain(model: Any, ids: list[int]) -> list[int]:
     """What the model says without any of this."""
     prompt = torch.tensor([ids])
     whole = model.generate(prompt, attention_mask=torch.ones_like(prompt), **GREEDY)
-    return whole[0, len(ids) :].tolist()
+    answer: list[int] = whole[0, len(ids) :].tolist()
+    return answer
 
 
 def run_turn(model: Any, address: str, ids: list[int]) -> tuple[Any, list[int]]:

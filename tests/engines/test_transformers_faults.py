@@ -22,8 +22,8 @@ from tests.engines.tiny import CHUNK_TOKENS, GREEDY, tiny_llama, tokens
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+torch: Any = pytest.importorskip("torch")
+transformers: Any = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.engines
 
@@ -39,7 +39,8 @@ def model() -> Any:
 def expected(model: Any) -> list[int]:
     ids = torch.tensor([PROMPT])
     whole = model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
-    return whole[0, len(PROMPT) :].tolist()
+    answer: list[int] = whole[0, len(PROMPT) :].tolist()
+    return answer
 
 
 @pytest.fixture

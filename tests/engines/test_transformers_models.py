@@ -22,8 +22,8 @@ from ctxstore_client.integrations.transformers.grid import ChunkGrid, build_layo
 from ctxstore_client.integrations.transformers.model import digest_weights, read_geometry
 from tests.engines.tiny import CHUNK_TOKENS, SMALL, tiny_llama, tokens
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+torch: Any = pytest.importorskip("torch")
+transformers: Any = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.engines
 

@@ -40,4 +40,5 @@ def tiny_llama(*, seed: int = 0, dtype: str = "float32", **changes: Any) -> Any:
 
 def tokens(count: int, *, seed: int = 1) -> list[int]:
     """Random token ids, the same for the same seed."""
-    return np.random.default_rng(seed).integers(0, VOCABULARY, count).tolist()
+    ids: list[int] = np.random.default_rng(seed).integers(0, VOCABULARY, count).tolist()
+    return ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_the_manifest_describes_the_chunk() -> None:
     ],
     ids=lambda changed: next(iter(changed)),
 )
-def test_whatever_changes_the_bytes_changes_every_key(changed: dict[str, object]) -> None:
+def test_whatever_changes_the_bytes_changes_every_key(changed: dict[str, Any]) -> None:
     other = layout_of(replace(SMOLLM2, **changed))
     assert keys_of(other) != keys_of(layout_of(SMOLLM2))
 

@@ -7,9 +7,10 @@ turn (`ctxstore_client.demo.turn`), so that each turn really starts from nothing
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ctxstore_client.demo.conversation import QUESTIONS
 from ctxstore_client.demo.play import DemoFailed, DemoOptions, play
@@ -22,6 +23,7 @@ from ctxstore_client.integrations.transformers.demo_models import (
 
 if TYPE_CHECKING:
     import argparse
+    from types import FrameType
 
 DESCRIPTION = """\
 A small language model chats about a handbook of two thousand tokens. Its context is kept by a
@@ -92,17 +94,25 @@ def run(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         cache_dir=args.cache_dir.expanduser().resolve(),
     )
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         require_packages(options.model)
         result = play(options, reporter)
     except (DemoModelMissing, DemoFailed, OSError) as error:
         reporter.fail(str(error))
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     reporter.finish(result)
     return 0 if result.ok else 1
 
 
 run_demo = run
+
+
+def _end(signum: int, frame: FrameType | None) -> NoReturn:
+    """Turn SIGTERM into an exit that still stops the daemon and removes its data."""
+    raise SystemExit(128 + signum)
 
 
 def _default_cache_dir() -> Path:

@@ -121,14 +121,14 @@ class Loader:
             return
         progress.layers = new_layers(self._shape, progress.matched * self._grid.chunk_tokens)
         batch = max(1, LOAD_BATCH_BYTES_MAX // self._grid.chunk_bytes)
-        while progress.loaded < progress.matched and self._left_s(started) > 0:
+        while progress.loaded < progress.matched and (left_s := self._left_s(started)) > 0:
             asked = min(batch, progress.matched - progress.loaded)
             arrived = self._load_batch(
                 chain,
                 progress.layers,
                 first=progress.loaded,
                 chunks=asked,
-                timeout_s=self._left_s(started),
+                timeout_s=left_s,
             )
             progress.loaded += arrived
             if arrived < asked:
@@ -163,4 +163,4 @@ class Loader:
         return chunks
 
     def _left_s(self, started: float) -> float:
-        return max(0.0, self._timeout_s - (time.perf_counter() - started))
+        return self._timeout_s - (time.perf_counter() - started)

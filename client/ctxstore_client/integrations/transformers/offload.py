@@ -64,6 +64,8 @@ class OffloadJob:
     """(chunks, 16)."""
     manifests: Sequence[bytes]
     layers: Sequence[LayerTensors]
+    chunk_cost_s: float | None
+    """What computing one chunk took; None where nobody measured it."""
 
     @property
     def chunks(self) -> int:
@@ -230,7 +232,7 @@ class Offloader:
             tokens=self._grid.chunk_tokens,
         )
         ticket = self._store.submit_put(
-            self._cells_of(job, index), buffers, **self._put_options(job, index)
+            self._cells_of(job, index), buffers, **self._put_options(job, index, len(buffers))
         )
         return _Flight(index, buffers, ticket)
 
@@ -238,7 +240,7 @@ class Offloader:
         """Wait for a chunk's cells, then make the chunk visible. True when both worked."""
         results = flight.ticket.wait(self._options.timeout_s + _WAIT_MARGIN_S)
         keys = self._cells_of(job, flight.index)
-        options = self._put_options(job, flight.index)
+        options = self._put_options(job, flight.index, len(keys))
         complete = self._settle(results, lambda: self._store.put(keys, flight.buffers, **options))
         self._spare.append(list(flight.buffers))
         if not complete:
@@ -247,7 +249,9 @@ class Offloader:
         key = job.manifest_keys[flight.index : flight.index + 1]
 
         def put_manifest() -> list[PutResult]:
-            return self._store.put(key, [manifest], **options)
+            return self._store.put(
+                key, [manifest], **self._put_options(job, flight.index, len(key))
+            )
 
         return self._settle(put_manifest(), put_manifest)
 
@@ -265,12 +269,14 @@ class Offloader:
         cells = len(self._grid.spans)
         return job.cell_keys[index * cells : (index + 1) * cells]
 
-    def _put_options(self, job: OffloadJob, index: int) -> dict[str, Any]:
+    def _put_options(self, job: OffloadJob, index: int, count: int) -> dict[str, Any]:
         options = self._options
         return {
             "durability": options.durability,
             "ttl_s": options.ttl_s,
             "priority": options.priority,
-            "depth0": job.first_chunk + index,
+            # One depth for all: a single value would count up from key to key.
+            "depth0": [job.first_chunk + index] * count,
+            "cost_s": job.chunk_cost_s,
             "timeout_s": options.timeout_s,
         }

@@ -93,7 +93,8 @@ class ContextSession:
     with every change of the weights. `secret` (default: the environment's `CTXSTORE_SECRET`) keeps
     others from computing keys of texts they guess. `durability`, `ttl_s` and `priority` are those
     of `store.put`. `load_timeout_s` bounds what asking and loading may add to a call,
-    `offload_timeout_s` each put in the background.
+    `offload_timeout_s` each put in the background. Weights, dtype and device of the model must
+    stay as they are while the session lives.
 
     Raises ValueError for a model it cannot serve. Call `close` (or use `with`) before the process
     ends, otherwise chunks still on their way are lost. One call of `generate` at a time; the other
@@ -114,6 +115,10 @@ class ContextSession:
         load_timeout_s: float = 10.0,
         offload_timeout_s: float = 30.0,
     ) -> None:
+        if durability not in (None, "memory", "group"):
+            raise ValueError(f'durability is "memory", "group" or None, not {durability!r}')
+        if not (load_timeout_s > 0 and offload_timeout_s > 0):
+            raise ValueError("load_timeout_s and offload_timeout_s are above zero")
         geometry = read_geometry(model)
         self._model = model
         self._layout = build_layout(
@@ -166,7 +171,15 @@ class ContextSession:
         loaded = self._loader.load(chain, tokens_max=ids.shape[1] - 1)
         cache = cache_from_layers(self._model.config, loaded.layers, tokens=loaded.tokens)
         generation = self._generate(ids, cache, loaded, arguments=arguments, started=started)
-        self.offload(generation.sequences[0].tolist(), cache, first_token=loaded.tokens)
+        stats = generation.stats
+        prefill_s = max(0.0, stats.ttft_s - stats.load_s)
+        computed = stats.context_tokens - stats.rehydrated_tokens
+        self.offload(
+            generation.sequences[0].tolist(),
+            cache,
+            first_token=loaded.tokens,
+            chunk_cost_s=prefill_s / computed * self._grid.chunk_tokens,
+        )
         return generation
 
     def generate_reference(
@@ -203,11 +216,19 @@ class ContextSession:
         cache = cache_from_layers(self._model.config, loaded.layers, tokens=loaded.tokens)
         return cache, loaded
 
-    def offload(self, tokens: Sequence[int], cache: DynamicCache, *, first_token: int = 0) -> bool:
+    def offload(
+        self,
+        tokens: Sequence[int],
+        cache: DynamicCache,
+        *,
+        first_token: int = 0,
+        chunk_cost_s: float | None = None,
+    ) -> bool:
         """Queue every complete chunk from `first_token` on that `cache` holds; returns at once.
 
         `tokens` are the ids behind the cache's state; those it does not hold yet (the last one
-        generated) are left out. False when the queue was full and the chunks were dropped.
+        generated) are left out. `chunk_cost_s`, what computing a chunk took, helps the store to
+        choose what to keep. False when the queue was full and the chunks were dropped.
         """
         layers = take_layers(cache)
         known = min(cached_tokens(layers), len(tokens))
@@ -222,6 +243,7 @@ class ContextSession:
                 manifest_keys=chain.manifest_keys(first=first),
                 manifests=[self._grid.manifest(chunk) for chunk in range(first, len(chain))],
                 layers=layers,
+                chunk_cost_s=chunk_cost_s,
             )
         )
 
