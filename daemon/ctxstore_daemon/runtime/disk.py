@@ -1,0 +1,275 @@
+"""The real disk: one directory, read and written by a thread pool.
+
+Owns file descriptors, O_DIRECT and its fallback, and the mapping of errno to `StorageError`. It
+must not know what the files hold. An io_uring engine can take its place behind the same seam.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import numpy as np
+from aiofiles import ospath
+
+from ctxstore.errors import DataDirError, DeviceError, OutOfSpace, StorageError
+from ctxstore.limits import PAGE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+    from pathlib import Path
+    from typing import Any
+
+    from ctxstore.seams import ByteBuffer
+
+_LOG: Final = logging.getLogger(__name__)
+
+DISK_THREADS: Final = 8
+"""Calls to the device at once: 2 MiB reads reach its rate with four, 256 KiB reads with more."""
+
+IOV_MAX: Final = 1024
+"""Buffers the kernel takes in one call."""
+
+_FULL: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_DIRECT: Final = {errno.EINVAL, errno.EOPNOTSUPP}
+_NO_FALLOCATE: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+T = TypeVar("T")
+
+
+class RealFile:
+    """`DiskFile` on a descriptor. Calls may run concurrently, as many as there are threads."""
+
+    def __init__(self, disk: RealDisk, name: str, fd: int, *, direct: bool) -> None:
+        self._disk = disk
+        self._name = name
+        self._fd = fd
+        self._direct = direct
+        self._running: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    @property
+    def name(self) -> str:
+        """File name inside the data directory."""
+        return self._name
+
+    @property
+    def direct(self) -> bool:
+        """Whether O_DIRECT was obtained."""
+        return self._direct
+
+    async def preadv(self, buffers: Sequence[ByteBuffer], offset: int) -> int:
+        """See `DiskFile.preadv`."""
+        self._check_alignment(buffers, offset)
+        return await self._call(self._transfer, os.preadv, buffers, offset)
+
+    async def pwritev(self, buffers: Sequence[ByteBuffer], offset: int) -> int:
+        """See `DiskFile.pwritev`."""
+        self._check_alignment(buffers, offset)
+        return await self._call(self._transfer, os.pwritev, buffers, offset)
+
+    async def fdatasync(self) -> None:
+        """See `DiskFile.fdatasync`. Also fails when the file was deleted: it would not last."""
+        await self._call(_sync, self._fd)
+
+    async def size(self) -> int:
+        """Bytes in the file."""
+        return await self._call(_size, self._fd)
+
+    async def truncate(self, size: int) -> None:
+        """Cut the file to `size` bytes."""
+        await self._call(os.ftruncate, self._fd, size)
+
+    async def close(self) -> None:
+        """Wait for running calls, also of cancelled callers, and close. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        while self._running:
+            await asyncio.wait(self._running)
+        await self._disk.run(self._name, os.close, self._fd)
+
+    async def _call(self, work: Callable[..., T], *args: Any) -> T:
+        if self._closed:
+            raise DeviceError(f"{self._name} is closed")
+        task = asyncio.ensure_future(self._disk.run(self._name, work, *args))
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        # A thread cannot be called back: a cancelled caller leaves its call to `close`.
+        return await asyncio.shield(task)
+
+    def _transfer(
+        self, call: Callable[..., int], buffers: Sequence[ByteBuffer], offset: int
+    ) -> int:
+        """On a thread. Some file systems open with O_DIRECT and refuse it at the first transfer."""
+        try:
+            return _transfer_all(call, self._fd, buffers, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._direct:
+                raise
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        self._direct = False
+        _LOG.warning("no_direct_io file=%s effect=slower_reads_and_page_cache", self._name)
+        return _transfer_all(call, self._fd, buffers, offset)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen: its caller may be gone
+
+    def _check_alignment(self, buffers: Sequence[ByteBuffer], offset: int) -> None:
+        if not self._direct:
+            return
+        assert offset % PAGE_BYTES == 0, f"offset {offset} of {self._name} is not aligned"
+        for buffer in buffers:
+            array = buffer if isinstance(buffer, np.ndarray) else np.frombuffer(buffer, np.uint8)
+            address: int = array.__array_interface__["data"][0]
+            assert address % PAGE_BYTES == 0, f"buffer at {address:#x} is not aligned"
+            assert array.nbytes % PAGE_BYTES == 0, f"buffer of {array.nbytes} bytes is not aligned"
+
+
+class RealDisk:
+    """`Disk` on one directory. Close every file, then call `close` once."""
+
+    def __init__(self, directory: Path, *, threads: int = DISK_THREADS) -> None:
+        self._path = directory
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ctxstore-disk")
+        self._direct_refused = False
+
+    async def open(self, name: str, *, create: bool = False, direct: bool = True) -> RealFile:
+        """See `Disk.open`. Where the file system has no O_DIRECT the file is opened without."""
+        fd, obtained = await self.run(
+            name, self._open, name, create=create, direct=direct and not self._direct_refused
+        )
+        if direct and not obtained and not self._direct_refused:
+            self._direct_refused = True
+            _LOG.warning("no_direct_io path=%s effect=slower_reads_and_page_cache", self._path)
+        return RealFile(self, name, fd, direct=obtained)
+
+    async def allocate(self, name: str, size: int) -> None:
+        """See `Disk.allocate`."""
+        await self.run(name, self._allocate, name, size)
+
+    async def listdir(self) -> list[str]:
+        """Names in the directory, sorted."""
+        return sorted(await self.run(".", os.listdir, self._path))
+
+    async def remove(self, name: str) -> None:
+        """Delete a file; missing is fine."""
+        await self.run(name, partial((self._path / name).unlink, missing_ok=True))
+
+    async def rename(self, old: str, new: str) -> None:
+        """See `Disk.rename`."""
+        await self.run(old, os.replace, self._path / old, self._path / new)
+
+    async def sync_dir(self) -> None:
+        """Make creations, removals and renames durable."""
+        await self.run(".", self._sync_dir)
+
+    async def used_bytes(self) -> int:
+        """Allocated bytes of all files in the directory."""
+        return await self.run(".", self._used_bytes)
+
+    def close(self) -> None:
+        """Wait for running calls and end the threads. Idempotent."""
+        self._pool.shutdown(wait=True)
+
+    async def run(self, name: str, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run a blocking call on a thread and map its error."""
+        wrapped: Callable[..., Coroutine[Any, Any, T]] = ospath.wrap(work)  # type: ignore[attr-defined]
+        try:
+            return await wrapped(*args, executor=self._pool, **kwargs)
+        except OSError as error:
+            raise _mapped(error, name) from error
+
+    def _open(self, name: str, *, create: bool, direct: bool) -> tuple[int, bool]:
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        path = self._path / name
+        if direct:
+            try:
+                return os.open(path, flags | os.O_DIRECT, 0o600), True
+            except OSError as error:
+                if error.errno not in _NO_DIRECT:
+                    raise
+        return os.open(path, flags, 0o600), False
+
+    def _allocate(self, name: str, size: int) -> None:
+        fd = os.open(self._path / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno not in _NO_FALLOCATE:
+                raise
+            os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+
+    def _sync_dir(self) -> None:
+        fd = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def _used_bytes(self) -> int:
+        with os.scandir(self._path) as entries:
+            return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
+
+
+def _mapped(error: OSError, name: str) -> StorageError:
+    text = f"{name}: {os.strerror(error.errno) if error.errno else error}"
+    if error.errno in _FULL:
+        return OutOfSpace(text)
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return DataDirError(f"{text}; the data directory must be writable")
+    return DeviceError(text)
+
+
+# ---------------------------------------------------------------- on the pool's threads
+
+
+def _transfer_all(
+    call: Callable[..., int], fd: int, buffers: Sequence[ByteBuffer], offset: int
+) -> int:
+    """All buffers, in as many calls as the kernel wants; fewer bytes only at the end of a file."""
+    total = 0
+    left = [_view(buffer) for buffer in buffers]
+    while left:
+        count = call(fd, left[:IOV_MAX], offset + total)
+        if count == 0:
+            if call is os.pwritev:
+                raise OSError(errno.EIO, "the device takes no bytes")
+            break
+        total += count
+        left = _after(left, count)
+    return total
+
+
+def _view(buffer: ByteBuffer) -> memoryview:
+    return memoryview(buffer.data if isinstance(buffer, np.ndarray) else buffer).cast("B")
+
+
+def _after(views: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of `views` after their first `count` bytes."""
+    for index, view in enumerate(views):
+        if count < len(view):
+            return [view[count:], *views[index + 1 :]] if count else views[index:]
+        count -= len(view)
+    return []
+
+
+def _sync(fd: int) -> None:
+    os.fdatasync(fd)
+    if os.fstat(fd).st_nlink == 0:
+        raise OSError(errno.ENOENT, "the file was deleted")
+
+
+def _size(fd: int) -> int:
+    return os.fstat(fd).st_size

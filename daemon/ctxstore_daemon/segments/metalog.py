@@ -1,0 +1,420 @@
+"""The meta log: what must survive beside the shards, in one append-only file and its mirror.
+
+Owns the two files, their order of writes, syncs and renames, and the bounded size. It must not know
+what records mean beyond the rules of compaction in `metaformat`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from ctxstore.errors import DeviceError, OutOfSpace, StorageError
+from ctxstore.limits import MIB
+from ctxstore_daemon.engine.records import META_DTYPE, RecordArray
+from ctxstore_daemon.segments.metaformat import (
+    FRAME_BYTES,
+    Horizon,
+    MetaFrames,
+    MetaHeader,
+    compact,
+    merge_frames,
+    pack_frames,
+    pack_meta_header,
+    parse_frames,
+    parse_meta_header,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    import numpy.typing as npt
+
+    from ctxstore.seams import Disk, DiskFile
+    from ctxstore_daemon.segments.identity import Identity
+
+_LOG: Final = logging.getLogger(__name__)
+
+_NAME: Final = re.compile(r"meta-(\d{6})(-mirror)?\.log(\.tmp)?")
+_PACK_RECORDS: Final = 2048
+"""Frames packed before the loop gets a turn: about half a millisecond."""
+
+_REWRITE_CELLS_MIN: Final = 8192
+"""Below this many records a log is not worth rewriting."""
+
+_VITAL_SHARE: Final = 16
+"""One part in this many is kept for generations and retirements, which free space again."""
+
+_REWRITE_AGAIN_NS: Final = 60_000_000_000
+"""A full log in which nothing was superseded is looked at again after this time."""
+
+_READ_BYTES: Final = 8 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class MetaFound:
+    """What `MetaLog.open` read. `lost` counts synced records that are in neither file."""
+
+    records: RecordArray
+    lost: int
+    damaged: tuple[str, ...]
+    existed: bool
+
+
+@dataclass(slots=True)
+class _LogState:
+    """Changed only by MetaLog, under its lock (`accepted`, `pending`: between awaits)."""
+
+    number: int = 0
+    files: list[DiskFile] = field(default_factory=list)
+    cells: int = 0  # in the current file
+    cells_synced: int = 0
+    checkpoint_cells: int = 0
+    accepted: list[RecordArray] = field(default_factory=list)  # every record that still counts
+    accepted_count: int = 0
+    pending: list[RecordArray] = field(default_factory=list)  # accepted and in no file yet
+    taken: int = 0  # running totals of records: accepted, written, synced
+    written: int = 0
+    synced: int = 0
+    rewrite_due: bool = False
+    rewritten_wall_ns: int = 0
+    closed: bool = False
+
+
+def file_names(number: int) -> tuple[str, str]:
+    """Names of a log and its mirror."""
+    return f"meta-{number:06d}.log", f"meta-{number:06d}-mirror.log"
+
+
+class MetaLog:
+    """Order: `open`, `start` once, then `append` from any number of tasks, `close`.
+
+    A cancelled `append` may or may not have stored its records.
+    """
+
+    def __init__(self, disk: Disk, identity: Identity, file_bytes_max: int) -> None:
+        self._disk = disk
+        self._identity = identity
+        self._cells_max = file_bytes_max // FRAME_BYTES - 1
+        self._horizon: Callable[[], Horizon] = lambda: Horizon(0, 0)
+        self._lock = asyncio.Lock()
+        self._state = _LogState()
+
+    @classmethod
+    async def open(
+        cls, disk: Disk, *, identity: Identity, file_bytes_max: int
+    ) -> tuple[MetaLog, MetaFound]:
+        """Read the newest log. Files are left as they are; `start` makes it writable."""
+        log = cls(disk, identity, file_bytes_max)
+        found = await log._read()
+        return log, found
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes in the current log file; its mirror has as many."""
+        return (1 + self._state.cells) * FRAME_BYTES
+
+    async def start(self, horizon: Callable[[], Horizon], *, extra: RecordArray) -> None:
+        """Make the log writable: a clean one is continued, any other is rewritten and replaced.
+
+        `extra` records become durable together with the first write: there is no moment between.
+        """
+        self._horizon = horizon
+        state = self._state
+        if len(extra):
+            state.accepted.append(extra)
+            state.accepted_count += len(extra)
+            state.rewrite_due = True
+        async with self._lock:
+            if state.rewrite_due:
+                await self._repair()
+                return
+            names = file_names(state.number)
+            state.files = [await self._disk.open(name, direct=False) for name in names]
+            # What was read may not be durable yet, and from here on it is acted upon.
+            await self._sync()
+
+    async def append(self, records: RecordArray, *, sync: bool, vital: bool = False) -> None:
+        """Store META_DTYPE records; with `sync` return when they are durable.
+
+        Concurrent calls share syncs. Raises OutOfSpace when the log's budget is used up (nothing
+        was stored) or DeviceError (they may be stored later). `vital` ones may use the last of it.
+        """
+        state = self._state
+        if not len(records):
+            return
+        await self._make_room(len(records), vital=vital)
+        kept = np.array(records, META_DTYPE)
+        state.accepted.append(kept)
+        state.accepted_count += len(kept)
+        state.pending.append(kept)
+        state.taken += len(kept)
+        mine = state.taken
+        async with self._lock:
+            if state.written < mine:
+                await self._write_pending()
+            if sync and state.synced < mine:
+                await self._sync()
+
+    async def close(self) -> None:
+        """Sync and close. Idempotent."""
+        state = self._state
+        async with self._lock:
+            if state.closed:
+                return
+            state.closed = True
+            try:
+                if state.pending:
+                    await self._write_pending()
+                if state.files and state.synced < state.written:
+                    await self._sync()
+            finally:
+                await self._close_files()
+
+    # -------------------------------------------------------------------------- writing
+
+    async def _make_room(self, count: int, *, vital: bool) -> None:
+        state = self._state
+        if state.closed:
+            raise DeviceError("the meta log is closed")
+        limit = self._cells_max if vital else self._cells_max - self._cells_max // _VITAL_SHARE
+        if state.accepted_count + count > limit and self._rewrite_may_help():
+            async with self._lock:
+                await self._repair()
+        if state.accepted_count + count > limit:
+            raise OutOfSpace(
+                f"the meta log holds {state.accepted_count} of {limit} records; "
+                "a larger disk cap makes it larger"
+            )
+
+    async def _write_pending(self) -> None:
+        state = self._state
+        count = sum(len(records) for records in state.pending)
+        grown = max(_REWRITE_CELLS_MIN, 2 * state.checkpoint_cells)
+        if state.rewrite_due or state.cells + count > min(grown, self._cells_max):
+            await self._repair()
+            return
+        records = _joined(state.pending)
+        state.pending = []
+        # Until the write is known to be whole (it may be cancelled), only new files are safe.
+        state.rewrite_due = True
+        data = await self._pack(records, first_index=state.cells, synced=state.cells_synced)
+        offset = (1 + state.cells) * FRAME_BYTES
+        if not await self._on_each(lambda file: _write_all(file, data, offset)):
+            await self._repair()
+            return
+        state.rewrite_due = False
+        state.cells += count
+        state.written += count
+
+    async def _sync(self) -> None:
+        state = self._state
+        cells, written = state.cells, state.written
+        if not await self._on_each(lambda file: file.fdatasync()):
+            state.rewrite_due = True
+            await self._repair()
+            return
+        state.cells_synced = max(state.cells_synced, cells)
+        state.synced = max(state.synced, written)
+
+    async def _on_each(self, work: Callable[[DiskFile], Awaitable[None]]) -> bool:
+        """Run on log and mirror at once; False if one failed, which then is never used again."""
+        state = self._state
+        files = list(state.files)
+        errors = await asyncio.gather(*(_attempt(work, file) for file in files))
+        for file, error in zip(files, errors, strict=True):
+            if error is not None:
+                _LOG.error("meta_log_fault file=%s reason=%s", file.name, error)
+                state.files.remove(file)
+                await _close_quietly(file)
+        return not any(errors)
+
+    def _rewrite_may_help(self) -> bool:
+        state = self._state
+        elapsed = abs(self._horizon().wall_ns - state.rewritten_wall_ns)
+        return state.accepted_count > state.checkpoint_cells or elapsed > _REWRITE_AGAIN_NS
+
+    async def _repair(self) -> None:
+        """Everything goes into new files: after a fault, or when the old ones have grown."""
+        try:
+            await self._rewrite()
+        except StorageError as error:
+            raise DeviceError(f"the meta log cannot be written: {error}") from error
+
+    async def _rewrite(self) -> None:
+        """Write what still counts into the next pair of files, durable before the old one goes."""
+        state = self._state
+        taken = state.taken
+        everything = _joined(state.accepted)
+        in_accepted = len(state.accepted)
+        horizon = self._horizon()
+        kept = compact(everything, horizon)
+        number = state.number + 1
+        header = MetaHeader(number, self._identity.node_id, len(kept))
+        data = pack_meta_header(header, self._identity.secret) + await self._pack(
+            kept, first_index=0, synced=len(kept), number=number
+        )
+        state.rewrite_due = True
+        names = file_names(number)
+        for name in names:
+            await self._disk.remove(name + ".tmp")
+            file = await self._disk.open(name + ".tmp", create=True, direct=False)
+            try:
+                await _write_all(file, data, 0)
+                await file.fdatasync()
+            finally:
+                await file.close()
+        for name in names:
+            await self._disk.rename(name + ".tmp", name)
+        await self._disk.sync_dir()
+        await self._close_files()
+        state.number = number
+        state.files = [await self._disk.open(name, direct=False) for name in names]
+        # Records accepted while this ran stay pending.
+        state.accepted = [kept, *state.accepted[in_accepted:]]
+        state.accepted_count = sum(len(part) for part in state.accepted)
+        state.pending = state.accepted[1:]
+        state.cells = state.cells_synced = state.checkpoint_cells = len(kept)
+        state.written = state.synced = taken
+        state.rewrite_due = False
+        state.rewritten_wall_ns = horizon.wall_ns
+        await self._remove_older(number)
+
+    async def _remove_older(self, number: int) -> None:
+        for name in await self._disk.listdir():
+            match = _NAME.fullmatch(name)
+            if match and (int(match[1]) < number or match[3]):
+                await self._disk.remove(name)
+
+    async def _pack(
+        self, records: RecordArray, *, first_index: int, synced: int, number: int | None = None
+    ) -> bytes:
+        parts: list[bytes] = []
+        for start in range(0, len(records), _PACK_RECORDS):
+            parts.append(
+                pack_frames(
+                    records[start : start + _PACK_RECORDS],
+                    first_index=first_index + start,
+                    synced=synced,
+                    number=self._state.number if number is None else number,
+                    secret=self._identity.secret,
+                )
+            )
+            await asyncio.sleep(0)
+        return b"".join(parts)
+
+    async def _close_files(self) -> None:
+        files, self._state.files = self._state.files, []
+        for file in files:
+            await _close_quietly(file)
+
+    # -------------------------------------------------------------------------- reading
+
+    async def _read(self) -> MetaFound:
+        state = self._state
+        numbers = set[int]()
+        stray = False
+        for name in await self._disk.listdir():
+            match = _NAME.fullmatch(name)
+            if match and match[3]:
+                stray = True
+            elif match:
+                numbers.add(int(match[1]))
+        state.rewrite_due = True
+        state.number = max(numbers, default=0)
+        damaged: list[str] = []
+        unreadable = 0
+        for number in sorted(numbers, reverse=True):
+            parts, clean, notes = await self._read_pair(number)
+            damaged += notes
+            if not parts:
+                unreadable += 1
+                continue
+            merged = merge_frames(parts)
+            state.accepted = [merged.records]
+            state.accepted_count = state.cells = len(merged.records)
+            state.cells_synced = merged.synced
+            state.checkpoint_cells = len(merged.records)
+            state.rewrite_due = not clean or stray or len(numbers) > 1
+            lost = merged.missing + unreadable
+            return MetaFound(merged.records, lost, tuple(damaged), existed=True)
+        empty = np.zeros(0, META_DTYPE)
+        return MetaFound(empty, unreadable, tuple(damaged), existed=bool(numbers))
+
+    async def _read_pair(self, number: int) -> tuple[list[MetaFrames], bool, list[str]]:
+        """Frames of the files that can be read, whether nothing at all is odd, and what is."""
+        parts: list[MetaFrames] = []
+        notes: list[str] = []
+        odd = False
+        for name in file_names(number):
+            try:
+                data = await read_file(self._disk, name)
+            except StorageError as error:
+                notes.append(f"{name}: {error}")
+                continue
+            secret = self._identity.secret
+            header = parse_meta_header(data[:FRAME_BYTES].tobytes(), number=number, secret=secret)
+            frames = parse_frames(data[FRAME_BYTES:], number=number, secret=secret)
+            if not isinstance(header, MetaHeader):
+                notes.append(f"{name}: header: {header}")
+                if not len(frames.records):
+                    continue
+            elif header.checkpoint > frames.synced and header.checkpoint:
+                # Even the frames that would tell are gone: what the header promised is missing.
+                frames = MetaFrames(
+                    frames.records, frames.indexes, header.checkpoint, frames.bad_cells
+                )
+            odd |= bool(frames.bad_cells) or len(data) % FRAME_BYTES != 0
+            if frames.bad_cells:
+                notes.append(f"{name}: {frames.bad_cells} damaged or torn records")
+            parts.append(frames)
+        same = len(parts) == 2 and np.array_equal(parts[0].indexes, parts[1].indexes)
+        return parts, same and not odd and not notes, notes
+
+
+async def read_file(disk: Disk, name: str) -> npt.NDArray[np.uint8]:
+    """All bytes of a file."""
+    file = await disk.open(name, direct=False)
+    try:
+        size = await file.size()
+        data = np.zeros(size, np.uint8)
+        done = 0
+        while done < size:
+            part = data[done : done + _READ_BYTES]
+            count = await file.preadv([part], done)
+            done += count
+            if count < len(part):
+                break
+        return data[:done]
+    finally:
+        await file.close()
+
+
+def _joined(parts: list[RecordArray]) -> RecordArray:
+    return np.concatenate(parts) if parts else np.zeros(0, META_DTYPE)
+
+
+async def _write_all(file: DiskFile, data: bytes, offset: int) -> None:
+    await file.pwritev([memoryview(data)], offset)
+
+
+async def _attempt(
+    work: Callable[[DiskFile], Awaitable[None]], file: DiskFile
+) -> StorageError | None:
+    try:
+        await work(file)
+    except StorageError as error:
+        return error
+    return None
+
+
+async def _close_quietly(file: DiskFile) -> None:
+    try:
+        await file.close()
+    except StorageError as error:
+        _LOG.warning("meta_log_close file=%s reason=%s", file.name, error)
