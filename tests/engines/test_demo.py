@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ctxstore_client.demo.node import COMMAND
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.engines
 def demo(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
-            *(sys.executable, "-m", "ctxstore_client.cli", "demo"),
+            *(sys.executable, "-c", COMMAND, "demo"),
             *("--model", "tiny", "--cache-dir", str(tmp_path)),
             *arguments,
         ],

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ctxstore_client.demo.conversation import QUESTIONS
-from ctxstore_client.demo.play import DemoFailed, DemoOptions, play
+from ctxstore_client.demo.play import DemoFailed, DemoOptions, play_demo
 from ctxstore_client.demo.report import Reporter
 from ctxstore_client.integrations.transformers.demo_models import (
     DemoModel,
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     before = signal.signal(signal.SIGTERM, _end)
     try:
         require_packages(options.model)
-        result = play(options, reporter)
+        result = play_demo(options, reporter)
     except (DemoModelMissing, DemoFailed, OSError) as error:
         reporter.fail(str(error))
         return 1

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from pathlib import Path
 
+COMMAND: Final = "import sys; from ctxstore_client.cli import main; sys.exit(main())"
+"""The `ctxstore` command of this very interpreter, wherever its script is installed."""
+
 READY_TIMEOUT_S: Final = 60.0
 _POLL_S: Final = 0.02
 _STOP_TIMEOUT_S: Final = 30.0
@@ -46,8 +49,8 @@ class DemoNode:
         self._log = directory / "daemon.log"
         self._arguments = [
             sys.executable,
-            "-m",
-            "ctxstore_client.cli",
+            "-c",
+            COMMAND,
             "serve",
             *("--data-dir", str(self.data_dir)),
             *("--memory", memory),

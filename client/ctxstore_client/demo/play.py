@@ -42,7 +42,7 @@ class DemoOptions:
     cache_dir: Path
 
 
-def play(options: DemoOptions, reporter: Reporter) -> DemoResult:
+def play_demo(options: DemoOptions, reporter: Reporter) -> DemoResult:
     """Play all turns. Raises DemoFailed, and OSError where the cache directory cannot be used."""
     started = time.monotonic()
     options.cache_dir.mkdir(parents=True, exist_ok=True)

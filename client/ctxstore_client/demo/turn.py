@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 _TINY_HANDBOOK_CHARACTERS: Final = 1500
 """The tiny model's tokens are bytes: so much of the handbook is a context of 1600 tokens."""
 
-_TINY_CHUNK_TOKENS: Final = 64
-_CHUNK_TOKENS: Final = 256
+_CHUNK_TOKENS: Final = 64
+"""Below the usual 256, so that a turn of forty tokens already leaves something to find again."""
+
+_WARM_UP_TOKENS: Final = 512
 _STORE_TIMEOUT_S: Final = 60.0
 
 
@@ -45,7 +47,7 @@ def answer(request: TurnRequest) -> TurnReply:
         ContextSession(
             loaded.model,
             store,
-            chunk_tokens=_TINY_CHUNK_TOKENS if tiny else _CHUNK_TOKENS,
+            chunk_tokens=_CHUNK_TOKENS,
             durability="group",
         ) as session,
     ):
@@ -78,7 +80,8 @@ def answer(request: TurnRequest) -> TurnReply:
 
 def _warm_up(session: ContextSession, tokens: list[int]) -> None:
     """Run the model once before anything is timed: a process's first matrix product is slow."""
-    session.generate_reference(tokens[:64], cut_tokens=32, max_new_tokens=2, do_sample=False)
+    few = tokens[:_WARM_UP_TOKENS]
+    session.generate_reference(few, cut_tokens=len(few) // 2, max_new_tokens=2, do_sample=False)
 
 
 def _progress(text: str) -> None:
