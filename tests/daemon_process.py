@@ -98,9 +98,10 @@ class DaemonProcess:
     def start(self, *, timeout_s: float = READY_TIMEOUT_S) -> Endpoints:
         """Start and wait until ready. Raises DaemonFailed with the log."""
         process = self.launch()
-        assert process.stdout is not None, "a pipe was asked for"
+        output = process.stdout
+        assert output is not None, "a pipe was asked for"
         ready: list[str] = []
-        waiter = threading.Thread(target=lambda: ready.append(process.stdout.readline()))
+        waiter = threading.Thread(target=lambda: ready.append(output.readline()))
         waiter.start()
         waiter.join(timeout_s)
         if waiter.is_alive() or not ready or " ready" not in ready[0]:

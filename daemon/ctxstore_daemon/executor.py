@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
-from ctxstore.errors import DeviceError, OutOfSpace, StorageError
+from ctxstore.errors import OutOfSpace, StorageError
 from ctxstore.seams import CopyJob
-from ctxstore.wire.messages import WANTED
 from ctxstore_daemon.engine import events
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 
 META_BATCH_MAX: Final = 256
 """Meta appends that share one write and one sync."""
+
+RECYCLE_RETRY_S: Final = 1.0
 
 TIMER_SLACK_S: Final = 0.0005
 """Event loops round timers to milliseconds: a timer that fires early would only fire again."""
@@ -103,6 +104,11 @@ class Executor:
         self._copies: dict[int, _CopiesState] = {}
         self._waiting: deque[events.Event] = deque()
         self._handling = False
+        self._drained: asyncio.Event | None = None
+        self._running = 0
+        """Tasks that carry out an instruction now."""
+        self._over = False
+        """After `run`: late events of threads and transports change nothing any more."""
         self._groups: asyncio.Queue[events.WriteGroup] = asyncio.Queue()
         self._appends: asyncio.Queue[events.AppendMeta] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup | None = None
@@ -139,9 +145,31 @@ class Executor:
                 for worker in workers:
                     worker.cancel()
         finally:
+            self._over = True
+            self._note_drained()
             self._tasks = None
             if self._timer is not None:
                 self._timer.cancel()
+
+    async def drain(self) -> None:
+        """Take no new requests and wait until what is in flight is through and data is on disk.
+
+        Cancel it when that takes too long.
+        """
+        self._drained = asyncio.Event()
+        self.submit(events.Stopping())
+        self._note_drained()
+        await self._drained.wait()
+
+    def _note_drained(self) -> None:
+        if self._drained is None:
+            return
+        stats = self.machine.stats()
+        busy = stats.waiting_puts or stats.waiting_gets or stats.loading or self._running
+        if self._over or self._ended.is_set():
+            self._drained.set()
+        elif not busy and (stats.dirty_shards == 0 or not stats.disk_ok):
+            self._drained.set()
 
     def end(self) -> None:
         """Let `run` return when the tasks that run now are through."""
@@ -149,6 +177,8 @@ class Executor:
 
     def submit(self, event: events.Event) -> None:
         """Have the machine handle an event and start what it orders."""
+        if self._over:
+            return
         if self._handling:  # a sink called back: keep the order of events
             self._waiting.append(event)
             return
@@ -159,6 +189,7 @@ class Executor:
             while self._waiting:
                 self._handle(self._waiting.popleft(), now)
             self._set_timer(now)
+            self._note_drained()
         except BaseException as error:
             # The state may be half changed: the node must end and start again from disk.
             self.failure = error
@@ -225,47 +256,65 @@ class Executor:
         conn, rid = instruction.conn, instruction.rid
         if isinstance(instruction, events.SendShards):
             self.submit(events.StreamGetDone(conn, rid))
-        elif isinstance(instruction, events.OfferPut):
-            count = int(np.count_nonzero(instruction.verdicts == WANTED))
+        elif isinstance(instruction, events.OfferPut) and len(instruction.lengths):
+            count = len(instruction.lengths)
             nothing = np.zeros(count, np.bool_)
             self.submit(events.PayloadDone(conn, rid, nothing, np.zeros(count, np.uint64)))
 
     # ------------------------------------------------------------------------- bytes
 
     def _copy_in(self, instruction: events.CopyIn) -> None:
+        if instruction.conn < 0:
+            self._spawn(self._hash(instruction))
+            return
         copies = self._copies[instruction.conn]
         # Counted from here on, not from the task's first step: the connection may close before.
         copies.running += 1
         self._spawn(self._copy(instruction, copies))
 
-    async def _copy(self, instruction: events.CopyIn, copies: _CopiesState) -> None:
-        sums = await self._mover.copy_in(self._copy_jobs(instruction, copies.staging))
-        copies.running -= 1
+    async def _hash(self, instruction: events.CopyIn) -> None:
+        jobs = self._copy_jobs(instruction, None, np.zeros(0, np.uint8))
+        sums = await self._mover.copy_in(jobs)
         self.submit(events.CopyDone(instruction.copy_id, np.array(sums, np.uint64)))
+
+    async def _copy(self, instruction: events.CopyIn, copies: _CopiesState) -> None:
+        inlined = instruction.slot_offsets < 0
+        inline = np.empty(int(instruction.lengths[inlined].sum(dtype=np.int64)), np.uint8)
+        jobs = self._copy_jobs(instruction, copies.staging, inline)
+        sums = await self._mover.copy_in(jobs)
+        copies.running -= 1
+        self.submit(
+            events.CopyDone(instruction.copy_id, np.array(sums, np.uint64), inline.tobytes())
+        )
         if not copies.running and copies.closed:
             self._drop_staging(instruction.conn, copies)
 
     def _copy_jobs(
-        self, instruction: events.CopyIn, staging: npt.NDArray[np.uint8]
+        self,
+        instruction: events.CopyIn,
+        staging: npt.NDArray[np.uint8] | None,
+        inline: npt.NDArray[np.uint8],
     ) -> list[CopyJob]:
+        """One job per item; inline ones go one after another into `inline`."""
         arena = self._arena
-        columns = zip(
+        jobs: list[CopyJob] = []
+        at = 0
+        for source, slot, slot_bytes, length, seed in zip(
             instruction.staging_offsets.tolist(),
             instruction.slot_offsets.tolist(),
             instruction.slot_bytes.tolist(),
             instruction.lengths.tolist(),
             instruction.seeds.tolist(),
             strict=True,
-        )
-        return [
-            CopyJob(
-                source=staging[source : source + length],
-                slot=arena[slot : slot + slot_bytes],
-                length=length,
-                seed=seed,
-            )
-            for source, slot, slot_bytes, length, seed in columns
-        ]
+        ):
+            if slot < 0:
+                target = inline[at : at + length]
+                at += length
+            else:
+                target = arena[slot : slot + slot_bytes]
+            origin = None if staging is None else staging[source : source + length]
+            jobs.append(CopyJob(source=origin, slot=target, length=length, seed=seed))
+        return jobs
 
     async def _read(self, instruction: events.ReadExtents) -> None:
         statuses = await self._store.read_extents(instruction, self._arena)
@@ -284,12 +333,19 @@ class Executor:
             self.report_segments()
 
     async def _recycle(self, instruction: events.RecycleSegment) -> None:
-        try:
-            await self._store.recycle(instruction.segment)
-        except DeviceError as error:
-            self.submit(events.SegmentLost(instruction.segment, str(error)))
-        else:
-            self.submit(events.SegmentRecycled(instruction.segment))
+        segment = instruction.segment
+        while True:
+            try:
+                await self._store.recycle(segment)
+            except OutOfSpace:
+                # The meta log is full until its next checkpoint; the segment itself is fine.
+                await asyncio.sleep(RECYCLE_RETRY_S)
+            except StorageError as error:
+                self.submit(events.SegmentLost(segment, str(error)))
+                break
+            else:
+                self.submit(events.SegmentRecycled(segment))
+                break
         self.report_segments()
 
     async def _append_metas(self) -> None:
@@ -338,4 +394,9 @@ class Executor:
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         assert self._tasks is not None, "instructions before run() or after its end"
-        self._tasks.create_task(work)
+        self._running += 1
+        self._tasks.create_task(work).add_done_callback(self._ran)
+
+    def _ran(self, task: asyncio.Task[None]) -> None:
+        self._running -= 1
+        self._note_drained()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,6 +33,7 @@ from ctxstore_daemon.server.session import (
     ServerState,
 )
 from ctxstore_daemon.server.shm import StagingBudgetState, StagingGrant
+from ctxstore_daemon.telemetry.health import HealthFacts
 from ctxstore_daemon.telemetry.log import event_log
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 
 STOP_RESERVE: Final = 0.2
 """Part of the stop deadline kept for syncing and footers."""
+
+NOTES_SHOWN_MAX: Final = 20
+"""Findings of the recovery in the statistics, which must fit one reply; the log has them all."""
 
 _log = event_log(__name__)
 
@@ -69,6 +73,8 @@ class Seams:
     arena: ArenaMemory
     rng: Rng
     token_bytes: Callable[[int], bytes]
+    about_arena: Callable[[], dict[str, Any]] = dict
+    """More figures of the arena for the statistics: which pages were obtained."""
 
 
 class Node:
@@ -87,6 +93,7 @@ class Node:
         self._runner: asyncio.Task[None] | None = None
         self._server: ServerState | None = None
         self._scrubber: Scrubber | None = None
+        self._started_ns = 0
 
     @property
     def server(self) -> ServerState:
@@ -126,7 +133,11 @@ class Node:
         )
         began = seams.clock.now()
         store, recovered = await SegmentStore.open(
-            seams.disk, identity=identity, geometry=geometry, clock=seams.clock
+            seams.disk,
+            identity=identity,
+            geometry=geometry,
+            clock=seams.clock,
+            mover=seams.mover,
         )
         self._store = store
         try:
@@ -145,7 +156,8 @@ class Node:
         except BaseException:
             await self._abandon()
             raise
-        took_s = (seams.clock.now().mono_ns - began.mono_ns) / 1e9
+        self._started_ns = seams.clock.now().mono_ns
+        took_s = (self._started_ns - began.mono_ns) / 1e9
         _log.info("node_started", node=self.node_id, recovery_s=took_s)
         self.phase = NodePhase.SERVING
 
@@ -236,12 +248,47 @@ class Node:
         return server
 
     def stats(self) -> dict[str, Any]:
-        """Counters of the node, plain numbers and texts."""
-        return {"version": __version__}
+        """Figures of the node as plain numbers and texts; few before it is started."""
+        arena = self._seams.arena
+        figures: dict[str, Any] = {
+            "phase": self.phase.value,
+            "arena": {"populated_bytes": arena.populated_bytes} | self._seams.about_arena(),
+        }
+        if self._server is None or self._store is None:
+            return figures
+        server = self._server
+        up_ns = self._seams.clock.now().mono_ns - self._started_ns
+        figures["node"] = {
+            "id": server.facts.node_id.hex(),
+            "boot_id": server.facts.boot_id.hex(),
+            "cluster_id": server.facts.cluster_id,
+            "version": __version__,
+            "uptime_s": up_ns / 1e9,
+            "shard_bytes_max": server.facts.shard_bytes_max,
+            "memory_cap_bytes": self.config.memory.cap_bytes,
+            "disk_cap_bytes": self.config.disk.cap_bytes,
+            "recovery_notes": self._store.state.notes[:NOTES_SHOWN_MAX],
+        }
+        figures["engine"] = asdict(self.machine.stats())
+        figures["server"] = server.figures()
+        return figures
 
     def stats_text(self) -> str:
         """`stats` as JSON."""
         return json.dumps(self.stats(), separators=(",", ":"))
+
+    def health(self) -> HealthFacts:
+        """What probes want to know."""
+        free, usable = (0, 0) if self._store is None else self._store.counts()
+        return HealthFacts(
+            phase=self.phase.value,
+            serving=self.phase is NodePhase.SERVING,
+            failed=self._executor is not None and self._executor.failure is not None,
+            segments_usable=usable,
+            segments_free=free,
+            arena_populated_bytes=self._seams.arena.populated_bytes,
+            arena_bytes=self._seams.arena.bytes_total,
+        )
 
 
 def engine_settings(config: DaemonConfig, geometry: Geometry) -> EngineSettings:

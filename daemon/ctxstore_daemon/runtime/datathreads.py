@@ -31,7 +31,7 @@ from ctxstore_daemon.telemetry.log import event_log
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from ctxstore.seams import Clock
     from ctxstore_daemon.executor import Executor, StreamInstruction
@@ -179,30 +179,31 @@ class DataConnection:
         self._post(event)
         offer = self._await_answer(event.deadline_ns)
         assert isinstance(offer, events.OfferPut), "a put is answered by an offer"
-        receipt = PutReceiptState(offer.verdicts)
+        if not len(offer.lengths):
+            self._socket.sendall(offer_frame(offer))
+            return
+        receipt = PutReceiptState(offer)
         try:
             self._socket.sendall(offer_frame(offer))
-            self._receive_payloads(offer, receipt, list(range(len(receipt.wanted))))
+            self._receive_payloads(offer, receipt, range(len(offer.lengths)))
             if damaged := receipt.damaged():
                 _log.warning("payload_damaged", conn=self.conn, count=len(damaged))
                 self._socket.sendall(result_frame(rid, receipt.resend_verdicts()))
                 self._receive_payloads(offer, receipt, damaged)
         finally:
             # Out of recv_into for good: slots of what did not arrive may go.
-            self._post(receipt.done(self.conn, rid))
+            self._post(receipt.done())
         finished = self._await_answer(event.deadline_ns)
         assert isinstance(finished, events.PutFinished), "payloads are answered by results"
         self._socket.sendall(result_frame(rid, finished.results))
 
     def _receive_payloads(
-        self, offer: events.OfferPut, receipt: PutReceiptState, indices: list[int]
+        self, offer: events.OfferPut, receipt: PutReceiptState, indices: Iterable[int]
     ) -> None:
-        arena = self._arena
         announced = bytearray(wire_data.DATA_SUM_BYTES)
         for index in indices:
-            at = int(receipt.wanted[index])
-            start, length = int(offer.slot_offsets[at]), int(offer.lengths[at])
-            slot = arena[start : start + int(offer.slot_bytes[at])]
+            slot = receipt.target(index, self._arena)
+            length = int(offer.lengths[index])
             payload = slot[:length]
             self._receive(payload.data)
             self._receive(memoryview(announced))
@@ -210,7 +211,7 @@ class DataConnection:
             receipt.take(
                 index,
                 announced=wire_data.unpack_sum(bytes(announced)),
-                found=checksum(payload, int(offer.seeds[at])),
+                found=checksum(payload, int(offer.seeds[index])),
             )
 
     # ------------------------------------------------------------------------- socket, loop

@@ -18,7 +18,9 @@ from ctxstore.checksum import checksum
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ctxstore.seams import CopyJob
+    import numpy.typing as npt
+
+    from ctxstore.seams import ByteBuffer, CopyJob
 
 INLINE_BYTES: Final = 32 * 1024
 """Up to here the hop to a thread costs more than the copy."""
@@ -54,13 +56,19 @@ class ThreadMover:
 def _copy_all(jobs: Sequence[CopyJob]) -> list[int]:
     sums: list[int] = []
     for job in jobs:
-        slot = np.frombuffer(job.slot, np.uint8)
+        slot = _array(job.slot)
         own = slot[: job.length]
         if job.source is not None:
-            np.copyto(own, np.frombuffer(job.source, np.uint8, count=job.length))
+            np.copyto(own, _array(job.source)[: job.length])
         slot[job.length :] = 0
         sums.append(checksum(own, job.seed))
     return sums
+
+
+def _array(buffer: ByteBuffer) -> npt.NDArray[np.uint8]:
+    if isinstance(buffer, np.ndarray):
+        return buffer
+    return np.frombuffer(buffer, np.uint8) if len(buffer) else np.zeros(0, np.uint8)
 
 
 def _split(jobs: Sequence[CopyJob], parts: int) -> list[Sequence[CopyJob]]:

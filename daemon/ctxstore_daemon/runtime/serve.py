@@ -10,11 +10,10 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import uvloop
 
@@ -40,11 +39,13 @@ from ctxstore_daemon.runtime.logs import LogOutput
 from ctxstore_daemon.runtime.memfd import page_ladder
 from ctxstore_daemon.runtime.mover import ThreadMover
 from ctxstore_daemon.runtime.pages import pages
+from ctxstore_daemon.runtime.sockets import address_of, bind_tcp, bind_unix, remove_socket
 from ctxstore_daemon.runtime.staging import StagingPool
-from ctxstore_daemon.runtime.unixpath import bind_unix, remove_socket
 from ctxstore_daemon.telemetry.log import event_log
 
 if TYPE_CHECKING:
+    import socket
+
     from ctxstore.config import Address, DaemonConfig
 
 MOVER_THREADS_MAX: Final = 4
@@ -85,32 +86,6 @@ def serve(config: DaemonConfig) -> int:
     return 0
 
 
-def bind_tcp(address: Address, *, what: str) -> socket.socket:
-    """A bound, not yet listening socket. Raises ConfigError that says who should change what."""
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        # A restarted daemon takes its port back although old connections linger in TIME_WAIT.
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((address.host, address.port))
-        bound.listen(1)
-    except OSError as error:
-        bound.close()
-        raise ConfigError(
-            f"cannot listen on {address} for {what} ({error.strerror}): "
-            "is another daemon running? Choose another --listen, or port 0 for a free one"
-        ) from error
-    return bound
-
-
-def address_of(bound: socket.socket) -> str:
-    """host:port of a bound TCP socket."""
-    found = bound.getsockname()
-    return (
-        f"[{found[0]}]:{found[1]}" if bound.family == socket.AF_INET6 else f"{found[0]}:{found[1]}"
-    )
-
-
 class _Daemon:
     """Everything of the process that one run of the loop needs."""
 
@@ -132,6 +107,7 @@ class _Daemon:
         self._populate = ThreadPoolExecutor(1, thread_name_prefix="ctxstore-populate")
         stack.callback(self._populate.shutdown)
         self._streams: dict[int, DataConnection] = {}
+        self._huge_bytes = 0
         self._stop = asyncio.Event()
         self._node = Node(
             config,
@@ -142,6 +118,7 @@ class _Daemon:
                 arena=self._arena,
                 rng=system_rng(),
                 token_bytes=os.urandom,
+                about_arena=self._about_arena,
             ),
         )
 
@@ -153,13 +130,13 @@ class _Daemon:
         http = HttpServerState(pages(self._node))
         web = await loop.create_server(http.protocol, sock=self._http)
         try:
-            await loop.run_in_executor(self._populate, self._arena.populate_step)
+            await loop.run_in_executor(self._populate, self._populate_step)
             await self._node.start()
             _log.info(
                 "arena",
                 bytes=self._arena.bytes_total,
                 pages=self._arena.kind.value,
-                huge_bytes=self._arena.huge_bytes(),
+                huge_bytes=self._huge_bytes,
             )
             try:
                 await self._serve()
@@ -239,13 +216,18 @@ class _Daemon:
         loop = asyncio.get_running_loop()
         while not self._arena.complete:
             try:
-                await loop.run_in_executor(self._populate, self._arena.populate_step)
+                await loop.run_in_executor(self._populate, self._populate_step)
                 self._node.arena_grew()
             except StorageError as error:
                 _log.warning("arena_waits_for_pages", error=str(error))
                 await asyncio.sleep(POPULATE_RETRY_S)
-        _log.info("arena_populated", huge_bytes=self._arena.huge_bytes())
+        _log.info("arena_populated", huge_bytes=self._huge_bytes)
         await asyncio.Event().wait()
+
+    def _populate_step(self) -> None:
+        """In a thread: the kernel's list of mappings is read here too, which takes a while."""
+        self._arena.populate_step()
+        self._huge_bytes = self._arena.huge_bytes()
 
     def _open_stream(self, conn: int, accepted: socket.socket) -> None:
         stream = DataConnection(
@@ -264,6 +246,9 @@ class _Daemon:
     def _stream_closed(self, stream: DataConnection) -> None:
         del self._streams[stream.conn]
         self._node.server.stream_closed(stream.conn)
+
+    def _about_arena(self) -> dict[str, Any]:
+        return {"pages": self._arena.kind.value, "huge_page_bytes": self._huge_bytes}
 
     def _bind_unix(self) -> tuple[socket.socket, Path] | None:
         found = bind_unix(self._config.listen.unix, self._node.node_id)

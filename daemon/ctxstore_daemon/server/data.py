@@ -47,25 +47,39 @@ def result_frame(rid: int, results: npt.NDArray[np.uint8]) -> bytes:
 
 
 class PutReceiptState:
-    """Which payloads of one put have arrived whole. Used by one data thread."""
+    """Which payloads of one put have arrived whole. Used by one data thread.
 
-    __slots__ = ("ok", "sums", "verdicts", "wanted")
+    All indices count the wanted keys of the offer, in key order.
+    """
 
-    def __init__(self, verdicts: npt.NDArray[np.uint8]) -> None:
-        self.verdicts = verdicts
-        self.wanted = np.flatnonzero(verdicts == wire.WANTED)
-        """Positions in the batch of the payloads to come."""
-        self.ok = np.zeros(len(self.wanted), np.bool_)
-        self.sums = np.zeros(len(self.wanted), np.uint64)
+    __slots__ = ("_at", "_inline", "_offer", "_ok", "_starts", "_sums")
+
+    def __init__(self, offer: events.OfferPut) -> None:
+        self._offer = offer
+        self._at = np.flatnonzero(offer.verdicts == wire.WANTED)
+        self._ok = np.zeros(len(self._at), np.bool_)
+        self._sums = np.zeros(len(self._at), np.uint64)
+        lengths = np.where(offer.slot_offsets < 0, offer.lengths, 0).astype(np.int64)
+        self._starts = np.cumsum(lengths) - lengths
+        self._inline = np.zeros(int(lengths.sum()), np.uint8)
+
+    def target(self, index: int, arena: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Where payload `index` goes: the whole slot, or memory of its own for an inline one."""
+        offer = self._offer
+        start = int(offer.slot_offsets[index])
+        if start < 0:
+            own = int(self._starts[index])
+            return self._inline[own : own + int(offer.lengths[index])]
+        return arena[start : start + int(offer.slot_bytes[index])]
 
     def take(self, index: int, *, announced: int, found: int) -> None:
-        """Payload `index` of the wanted ones has arrived with these sums."""
-        self.ok[index] = announced == found
-        self.sums[index] = found
+        """Payload `index` has arrived with these sums."""
+        self._ok[index] = announced == found
+        self._sums[index] = found
 
     def damaged(self) -> list[int]:
-        """Indices among the wanted ones whose sums did not agree."""
-        found: list[int] = np.flatnonzero(~self.ok).tolist()
+        """Indices whose sums did not agree."""
+        found: list[int] = np.flatnonzero(~self._ok).tolist()
         return found
 
     def resend_verdicts(self) -> npt.NDArray[np.uint8]:
@@ -73,10 +87,14 @@ class PutReceiptState:
 
         The others are not committed yet: until the last result they read TIMEOUT, outcome unknown.
         """
-        row = np.where(self.verdicts == wire.WANTED, wire.PutResult.TIMEOUT, self.verdicts)
-        row[self.wanted[~self.ok]] = wire.RESEND
-        return row.astype(np.uint8)
+        row = self._offer.verdicts.copy()
+        row[self._at] = wire.PutResult.TIMEOUT
+        row[self._at[~self._ok]] = wire.RESEND
+        return row
 
-    def done(self, conn: int, rid: int) -> events.PayloadDone:
+    def done(self) -> events.PayloadDone:
         """What the engine is told at the end, also when the connection broke in between."""
-        return events.PayloadDone(conn, rid, self.ok, self.sums)
+        offer = self._offer
+        return events.PayloadDone(
+            offer.conn, offer.rid, self._ok, self._sums, self._inline.tobytes()
+        )

@@ -7,7 +7,7 @@ Owns what a client may ask and who may ask. It must not wait or move payload: by
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
@@ -144,6 +144,24 @@ class ServerState:
     def open_connections(self) -> int:
         """Control and data connections that have said hello."""
         return len(self.sessions) + len(self.streams)
+
+    def figures(self) -> dict[str, Any]:
+        """For statistics and metrics."""
+        return {
+            "control_connections": len(self.sessions),
+            "data_connections": len(self.streams),
+            "connections_max": self.connections_max,
+            "staging_bytes": self.staging.used_bytes,
+            "staging_bytes_max": self.staging.total_bytes,
+            "requests": {kind.__name__.lower(): count for kind, count in self.requests.items()},
+            "counters": {
+                "opened": self.opened_total,
+                "closed": self.closed_total,
+                "hellos_refused": self.hellos_refused,
+                "protocol_errors": self.protocol_errors,
+                "internal_errors": self.reply_errors,
+            },
+        }
 
     def stream_closed(self, conn: int) -> None:
         """A data connection is gone, its thread out of every slot."""

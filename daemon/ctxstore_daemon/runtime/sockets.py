@@ -1,7 +1,7 @@
-"""Where the unix socket stands, and making room for it there.
+"""Bound sockets: TCP ports, and the unix socket with the choice of its directory.
 
-Owns the choice of directory and the removal of sockets that nobody serves any more. It must not
-listen itself.
+Owns the errors of taken ports and paths, and the removal of sockets that nobody serves any more.
+It must not accept connections.
 """
 
 from __future__ import annotations
@@ -18,8 +18,36 @@ from ctxstore.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from ctxstore.config import Address
+
 PATH_BYTES_MAX: Final = 107
 """sun_path holds 108 bytes with the terminating zero."""
+
+
+def bind_tcp(address: Address, *, what: str) -> socket.socket:
+    """A bound, not yet listening socket. Raises ConfigError that says who should change what."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        # A restarted daemon takes its port back although old connections linger in TIME_WAIT.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((address.host, address.port))
+        bound.listen(1)
+    except OSError as error:
+        bound.close()
+        raise ConfigError(
+            f"cannot listen on {address} for {what} ({error.strerror}): "
+            "is another daemon running? Choose another --listen, or port 0 for a free one"
+        ) from error
+    return bound
+
+
+def address_of(bound: socket.socket) -> str:
+    """host:port of a bound TCP socket."""
+    found = bound.getsockname()
+    return (
+        f"[{found[0]}]:{found[1]}" if bound.family == socket.AF_INET6 else f"{found[0]}:{found[1]}"
+    )
 
 
 def candidate_directories(environment: Mapping[str, str], uid: int) -> Iterator[Path]:
