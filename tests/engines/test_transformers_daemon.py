@@ -129,6 +129,7 @@ def test_a_cell_corrupted_on_disk_is_never_loaded(model: Any, node: DemoNode) ->
     with connect(address) as store, session_of(model, store) as session:
         keys = chain_of(session, PROMPT).cell_keys((0,), first=2, stop=3)
         (known,) = store.stat(keys)
+        assert known is not None
         cell = np.empty(known.length, np.uint8)
         store.get_into(keys, [cell])
     node.kill()

@@ -48,11 +48,13 @@ def store() -> MemoryStore:
     return MemoryStore()
 
 
+def session_of(model: Any, store: Any, *, secret: str = "s") -> ContextSession:
+    return ContextSession(model, store, chunk_tokens=CHUNK_TOKENS, model_id="tiny", secret=secret)
+
+
 @pytest.fixture
 def session(model: Any, store: MemoryStore) -> Iterator[ContextSession]:
-    with ContextSession(
-        model, store, chunk_tokens=CHUNK_TOKENS, model_id="tiny", secret="s"
-    ) as session:
+    with session_of(model, store) as session:
         yield session
 
 
@@ -199,7 +201,7 @@ def test_a_full_queue_drops_contexts_and_never_waits(
 
 
 def test_closing_gives_up_what_takes_too_long(model: Any, store: MemoryStore) -> None:
-    session = ContextSession(model, store, chunk_tokens=CHUNK_TOKENS, model_id="tiny")
+    session = session_of(model, store)
     store.release.clear()
     session.generate(PROMPT, **GREEDY)
     threading.Timer(0.3, store.release.set).start()
@@ -285,7 +287,5 @@ def test_another_secret_finds_nothing(
     model: Any, session: ContextSession, store: MemoryStore
 ) -> None:
     fill(session)
-    with ContextSession(
-        model, store, chunk_tokens=CHUNK_TOKENS, model_id="tiny", secret="t"
-    ) as other:
+    with session_of(model, store, secret="t") as other:
         assert other.generate(PROMPT, **GREEDY).stats.matched_tokens == 0

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from ctxstore.keys import KeyArray
     from ctxstore_client.integrations.transformers.cache import LayerTensors
     from ctxstore_client.integrations.transformers.grid import ChunkGrid
-    from ctxstore_client.store import Store, Ticket
+    from ctxstore_client.ops.arguments import DurabilityName
+    from ctxstore_client.store import Store
+    from ctxstore_client.tickets import Ticket
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ _WAIT_MARGIN_S: Final = 1.0
 class PutOptions:
     """How chunks are put; the meanings are those of `store.put`."""
 
-    durability: str | None
+    durability: DurabilityName | None
     ttl_s: float | None
     priority: int
     timeout_s: float
@@ -90,7 +92,7 @@ class _Flight:
 
     index: int
     buffers: Sequence[ByteArray]
-    ticket: Ticket
+    ticket: Ticket[list[PutResult]]
 
 
 class Offloader:
@@ -205,15 +207,17 @@ class Offloader:
         try:
             for index in range(job.chunks):
                 if len(flights) == CHUNKS_IN_FLIGHT_MAX:
-                    if not self._land(job, flights.popleft()):
+                    if not self._land(job, flights[0]):
                         return stored
+                    flights.popleft()
                     stored += 1
                 if self._closing.is_set():
                     return stored
                 flights.append(self._launch(job, index))
             while flights:
-                if not self._land(job, flights.popleft()):
+                if not self._land(job, flights[0]):
                     return stored
+                flights.popleft()
                 stored += 1
             return stored
         finally:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
     from ctxstore.layouts import KVLayout
+    from ctxstore_client.ops.arguments import DurabilityName
     from ctxstore_client.store import Store
 
 log = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ class ContextSession:
         model_id: str | None = None,
         secret: str | bytes | None = None,
         chunk_tokens: int = 256,
-        durability: str | None = None,
+        durability: DurabilityName | None = None,
         ttl_s: float | None = None,
         priority: int = 0,
         load_timeout_s: float = 10.0,
