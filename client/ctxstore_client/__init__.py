@@ -4,5 +4,42 @@ It never imports the daemon, Ray or CUDA; integrations with engines load their e
 """
 
 from ctxstore import __version__
+from ctxstore.errors import (
+    AuthenticationError,
+    ClosedError,
+    ConfigError,
+    CtxStoreError,
+    DeadlineExceeded,
+    ForkedError,
+    Overloaded,
+    ProtocolError,
+    StaleView,
+    TransportError,
+    UnknownNamespace,
+)
+from ctxstore.wire.messages import Lookup, PutResult, StatTier
+from ctxstore_client.ops.control import ShardStat
+from ctxstore_client.store import Store, connect
+from ctxstore_client.tickets import Ticket
 
-__all__ = ["__version__"]
+__all__ = [
+    "AuthenticationError",
+    "ClosedError",
+    "ConfigError",
+    "CtxStoreError",
+    "DeadlineExceeded",
+    "ForkedError",
+    "Lookup",
+    "Overloaded",
+    "ProtocolError",
+    "PutResult",
+    "ShardStat",
+    "StaleView",
+    "StatTier",
+    "Store",
+    "Ticket",
+    "TransportError",
+    "UnknownNamespace",
+    "__version__",
+    "connect",
+]

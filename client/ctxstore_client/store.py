@@ -1,0 +1,397 @@
+"""The sync face: the public methods over plans, executed on the caller's thread.
+
+Owns the signatures and the checks of arguments. It must not know messages, sockets or connections:
+every method builds a plan and hands it to the driver.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+from ctxstore.errors import DeadlineExceeded, Overloaded, TransportError
+from ctxstore.wire.messages import Lookup, PutResult
+from ctxstore_client.blocking import BlockingDriver, CancelState
+from ctxstore_client.discovery import SharedMemory, Target, resolve_target
+from ctxstore_client.ops import arguments, control, lending, transfers
+from ctxstore_client.pool import Pool
+from ctxstore_client.tickets import Ticket, Workers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+    from types import TracebackType
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from ctxstore.keys import Keys
+    from ctxstore.wire.messages import VerifyReply
+    from ctxstore_client.ops.arguments import Buffers, DurabilityName
+    from ctxstore_client.ops.control import ShardStat
+    from ctxstore_client.ops.requests import ByteArray, Context, Plan
+
+T = TypeVar("T")
+
+__all__ = ["Store", "Ticket", "connect"]
+
+TIMEOUT_S: Final = 5.0
+
+MOMENT_S: Final = 1e-6
+"""What is left of a deadline that passed while its operation waited: enough to say so."""
+
+
+def connect(
+    address: str | None = None,
+    *,
+    namespace: str | None = None,
+    token: str | None = None,
+    shm: str | SharedMemory = SharedMemory.AUTO,
+    timeout_s: float = TIMEOUT_S,
+    cluster_id: str = "",
+) -> Store:
+    """A store at `ctxstore://host:port[,host:port]` or `unix:///path`; a context manager.
+
+    What is None comes from CTXSTORE_ADDRESS, CTXSTORE_NAMESPACE and CTXSTORE_TOKEN, then from the
+    defaults. `timeout_s` is the deadline of every operation that names none. Returns a store also
+    when no daemon answers: it connects by itself later. Raises ValueError (ConfigError) for a
+    malformed argument, AuthenticationError, UnknownNamespace, WrongCluster or ProtocolError for what
+    the daemon refuses.
+    """
+    target = resolve_target(
+        address, namespace=namespace, token=token, cluster_id=cluster_id, shm=shm
+    )
+    store = Store(target, timeout_s=arguments.timeout_of(timeout_s, TIMEOUT_S))
+    try:
+        store.ping()
+    except (TransportError, DeadlineExceeded, Overloaded):
+        pass
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+class Store:
+    """A context store. Thread-safe; close it, or use it as a context manager.
+
+    Misses and time-outs are values. `ValueError` is raised for misuse, before anything is sent. A
+    method returns or raises only when the caller's buffers cannot be touched any more. In a forked
+    child the store makes its own connections; views, staged buffers and tickets raise ForkedError.
+    """
+
+    def __init__(self, target: Target, *, timeout_s: float = TIMEOUT_S) -> None:
+        self._target = target
+        self._timeout_s = timeout_s
+        self._pool = Pool(target)
+        self._driver = BlockingDriver(self._pool)
+        self._workers = Workers()
+        self._staged_lock = threading.Lock()
+        self._staged: list[lending.Staged] = []
+
+    # ------------------------------------------------------------ shards
+
+    def put(
+        self,
+        keys: Keys,
+        buffers: Buffers,
+        *,
+        ttl_s: Any = None,
+        priority: Any = 0,
+        durability: DurabilityName | None = None,
+        depth0: Any = 0,
+        cost_s: Any = None,
+        timeout_s: float | None = None,
+    ) -> list[PutResult]:
+        """Store one shard per key; the first copy of a key wins, a later one is EXISTS.
+
+        `keys`: n 16-byte keys, or (n, 16) uint8; `buffers`: n C-contiguous buffers of 1 .. 64 MiB.
+        `ttl_s` (None: for ever), `priority` (int16), `depth0` (chunks before the first key's; the
+        others follow one by one) and `cost_s` (seconds of recompute) are one value or one per key.
+        `durability`: "memory", "group", or None for the namespace's. TIMEOUT means that the outcome
+        is unknown, OVERLOADED that nothing was stored. Buffers of `alloc` are not copied.
+        """
+        work = self._put_work(
+            keys, buffers, ttl_s, priority, durability, depth0=depth0, cost_s=cost_s
+        )
+        return work(self._timeout_of(timeout_s), None)
+
+    def get_into(
+        self,
+        keys: Keys,
+        buffers: Buffers,
+        *,
+        exact: bool = False,
+        timeout_s: float | None = None,
+    ) -> list[Lookup]:
+        """Fill one writable buffer per key; a larger buffer gets exactly the shard's bytes.
+
+        With `exact` a shard of another length than its buffer is a MISS. A buffer whose verdict is
+        not HIT has undefined content.
+        """
+        work = self._get_work(keys, buffers, exact)
+        return work(self._timeout_of(timeout_s), None)
+
+    @contextmanager
+    def view(
+        self, keys: Keys, *, timeout_s: float | None = None
+    ) -> Generator[lending.Views, None, None]:
+        """Read-only memoryviews of shards, leased until the block ends; None where missing.
+
+        Raises StaleView at the end of the block when a lease was lost meanwhile: then what was read
+        may not have been what was stored.
+        """
+        rows = arguments.key_rows(keys)
+        views = self._run(lambda context: lending.open_view(context, rows), timeout_s)
+        try:
+            yield views
+        except BaseException:
+            views.release()
+            raise
+        views.close()
+
+    @contextmanager
+    def alloc(
+        self, lengths: Iterable[int], *, timeout_s: float | None = None
+    ) -> Generator[lending.Staged, None, None]:
+        """Writable memoryviews of these lengths, to be filled and put within the block.
+
+        Raises Overloaded when the node grants no such staging.
+        """
+        sizes = arguments.shard_lengths(lengths)
+        staged = self._run(lambda context: lending.open_staged(context, sizes), timeout_s)
+        with self._staged_lock:
+            self._staged.append(staged)
+        try:
+            yield staged
+        finally:
+            with self._staged_lock:
+                self._staged = [other for other in self._staged if other is not staged]
+            staged.close()
+
+    # ------------------------------------------------------------ questions
+
+    def exists(self, keys: Keys, *, timeout_s: float | None = None) -> npt.NDArray[np.bool_]:
+        """(n,) bool: whether a shard is there; False also for what was not answered in time."""
+        rows = arguments.key_rows(keys)
+        return self._run(lambda context: control.exists(context, rows), timeout_s)
+
+    def match(self, keys: Keys, *, timeout_s: float | None = None) -> int:
+        """How many leading keys are there; past the deadline, how many are known to be."""
+        rows = arguments.key_rows(keys)
+        return self._run(lambda context: control.match(context, rows), timeout_s)
+
+    def stat(self, keys: Keys, *, timeout_s: float | None = None) -> list[ShardStat | None]:
+        """Length, tier, remaining time to live of each shard; None where it is not there."""
+        rows = arguments.key_rows(keys)
+        return self._run(lambda context: control.stat(context, rows), timeout_s)
+
+    def explain(self, keys: Keys, *, timeout_s: float | None = None) -> list[Any]:
+        """What the node knows of each key, for people: one JSON value per key.
+
+        Raises DeadlineExceeded or TransportError.
+        """
+        rows = arguments.key_rows(keys)
+        return self._run(lambda context: control.explain(context, rows), timeout_s)
+
+    def stats(self, *, timeout_s: float | None = None) -> dict[str, Any]:
+        """{"client": counters of this store, "node": those of the node, None if unreachable}."""
+        node = self._run(control.node_stats, timeout_s)
+        return {"client": self._pool.snapshot(), "node": node}
+
+    def ping(self, *, timeout_s: float | None = None) -> None:
+        """One round trip. Raises DeadlineExceeded, TransportError, or why the hello is refused."""
+        self._run(control.ping, timeout_s)
+
+    # ------------------------------------------------------------ changes
+
+    def hold(
+        self, keys: Keys, *, ttl_s: float = 60, timeout_s: float | None = None
+    ) -> npt.NDArray[np.bool_]:
+        """Keep shards for `ttl_s` from now; 0 ends the hold. (n,) bool: where it applied.
+
+        Raises Overloaded above the node's share of holds, DeadlineExceeded, TransportError.
+        """
+        return self._masked(keys, control.hold_op(arguments.ttl_ms(ttl_s)), timeout_s)
+
+    def touch(
+        self, keys: Keys, *, ttl_s: float | None = None, timeout_s: float | None = None
+    ) -> npt.NDArray[np.bool_]:
+        """Mark shards as used and raise their time to live to `ttl_s` from now. Like `hold`."""
+        return self._masked(keys, control.touch_op(arguments.ttl_ms(ttl_s)), timeout_s)
+
+    def remove(self, keys: Keys, *, timeout_s: float | None = None) -> npt.NDArray[np.bool_]:
+        """Remove shards for good; (n,) bool: whether each was there. Durable on return.
+
+        Raises DeadlineExceeded or TransportError: some may be removed then.
+        """
+        return self._masked(keys, control.remove_op(), timeout_s)
+
+    def flush(self, *, timeout_s: float | None = None) -> int:
+        """Wait until all that is committed is on disk; returns how many shards were written.
+
+        Raises DeadlineExceeded or TransportError.
+        """
+        return self._run(control.flush, timeout_s)
+
+    def verify(
+        self,
+        progress: Callable[[VerifyReply], None],
+        *,
+        bytes_per_s: int = 0,
+        timeout_s: float | None = None,
+    ) -> VerifyReply:
+        """Have the node read and check every shard on its disk, at most so fast (0: no limit).
+
+        `progress` gets every report, the last one is returned. Raises like `flush`.
+        """
+        if bytes_per_s < 0:
+            raise ValueError(f"bytes_per_s is {bytes_per_s}; it must be 0 or more")
+        return self._run(lambda c: control.verify(c, bytes_per_s, progress), timeout_s)
+
+    # ------------------------------------------------------------ in the background
+
+    def prefetch(
+        self, keys: Keys, *, by_s: float | None = None, timeout_s: float | None = None
+    ) -> Ticket[int]:
+        """Ask the node to have shards in memory in `by_s` seconds; the result is how many will be."""
+        rows = arguments.key_rows(keys)
+        by_us = arguments.by_us(by_s)
+
+        def work(limit_s: float, cancel: CancelState | None) -> int:
+            context = self._driver.context(limit_s)
+            return self._driver.run(control.prefetch(context, rows, by_us), context, cancel)
+
+        return self._submit(work, timeout_s, lambda: 0)
+
+    def submit_get(
+        self,
+        keys: Keys,
+        buffers: Buffers,
+        *,
+        exact: bool = False,
+        timeout_s: float | None = None,
+    ) -> Ticket[list[Lookup]]:
+        """`get_into` in the background. Arguments are checked at once; the deadline runs from now.
+
+        Raises Overloaded when too many operations wait.
+        """
+        work = self._get_work(keys, buffers, exact)
+        return self._submit(work, timeout_s, lambda: [Lookup.TIMEOUT] * len(keys))
+
+    def submit_put(
+        self,
+        keys: Keys,
+        buffers: Buffers,
+        *,
+        ttl_s: Any = None,
+        priority: Any = 0,
+        durability: DurabilityName | None = None,
+        depth0: Any = 0,
+        cost_s: Any = None,
+        timeout_s: float | None = None,
+    ) -> Ticket[list[PutResult]]:
+        """`put` in the background, with the rules of `submit_get`."""
+        work = self._put_work(
+            keys, buffers, ttl_s, priority, durability, depth0=depth0, cost_s=cost_s
+        )
+        return self._submit(work, timeout_s, lambda: [PutResult.TIMEOUT] * len(keys))
+
+    # ------------------------------------------------------------ life
+
+    def close(self) -> None:
+        """Close every connection and end every thread. Operations of other threads end as misses."""
+        self._pool.close()
+        self._workers.close()
+        self._driver.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------ inside
+
+    def _timeout_of(self, timeout_s: float | None) -> float:
+        return arguments.timeout_of(timeout_s, self._timeout_s)
+
+    def _run(self, plan_for: Callable[[Context], Plan[T]], timeout_s: float | None) -> T:
+        context = self._driver.context(self._timeout_of(timeout_s))
+        return self._driver.run(plan_for(context), context)
+
+    def _masked(
+        self, keys: Keys, operation: control.MaskedOp, timeout_s: float | None
+    ) -> npt.NDArray[np.bool_]:
+        rows = arguments.key_rows(keys)
+        return self._run(lambda context: control.masked(context, rows, operation), timeout_s)
+
+    def _get_work(
+        self, keys: Keys, buffers: Buffers, exact: bool
+    ) -> Callable[[float, CancelState | None], list[Lookup]]:
+        rows = arguments.key_rows(keys)
+        arrays = arguments.byte_arrays(buffers, count=len(rows), writable=True)
+
+        def work(limit_s: float, cancel: CancelState | None) -> list[Lookup]:
+            context = self._driver.context(limit_s)
+            plan = transfers.get_into(context, rows, arrays, exact=exact)
+            return self._driver.run(plan, context, cancel)
+
+        return work
+
+    def _put_work(
+        self,
+        keys: Keys,
+        buffers: Buffers,
+        ttl_s: Any,
+        priority: Any,
+        durability: str | None,
+        *,
+        depth0: Any,
+        cost_s: Any,
+    ) -> Callable[[float, CancelState | None], list[PutResult]]:
+        rows = arguments.key_rows(keys)
+        arrays = arguments.byte_arrays(buffers, count=len(rows), writable=False)
+        columns = arguments.put_columns(
+            len(rows),
+            ttl_s=ttl_s,
+            priority=priority,
+            durability=durability,
+            depth0=depth0,
+            cost_s=cost_s,
+        )
+        staged = self._staged_source(arrays)
+
+        def work(limit_s: float, cancel: CancelState | None) -> list[PutResult]:
+            context = self._driver.context(limit_s)
+            plan = transfers.put(context, rows, arrays, columns, staged=staged)
+            return self._driver.run(plan, context, cancel)
+
+        return work
+
+    def _staged_source(self, arrays: list[ByteArray]) -> transfers.StagedSource | None:
+        if not self._staged or not arrays:
+            return None
+        with self._staged_lock:
+            return lending.find_staged(self._staged, arrays)
+
+    def _submit(
+        self,
+        work: Callable[[float, CancelState | None], T],
+        timeout_s: float | None,
+        if_cancelled: Callable[[], T],
+    ) -> Ticket[T]:
+        limit_s = self._timeout_of(timeout_s)
+        started = self._driver.context(limit_s)
+
+        def run(cancel: CancelState) -> T:
+            return work(max(started.deadline.remaining_s(), MOMENT_S), cancel)
+
+        ticket = Ticket(run, if_cancelled)
+        self._workers.submit(ticket)
+        return ticket
