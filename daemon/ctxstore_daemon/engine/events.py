@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from ctxstore.wire import messages as wire
-from ctxstore_daemon.engine.records import U32, U64, RecordArray, RecordBatch
+if TYPE_CHECKING:
+    from ctxstore.wire import messages as wire
+    from ctxstore_daemon.engine.records import U32, U64, RecordArray, RecordBatch
 
 Offsets = npt.NDArray[np.int64]
 Statuses = npt.NDArray[np.uint8]
@@ -56,7 +57,7 @@ class ConnClosed:
 
 @dataclass(frozen=True, slots=True)
 class RequestArrived:
-    """A control request. A Put's offsets point into the staging of this connection, bounds already checked."""
+    """A control request or one-way message (Release, Report; deadline unused). A Put's offsets point into the staging of this connection, bounds already checked."""
 
     conn: int
     message: wire.Request | wire.OneWay

@@ -1,0 +1,105 @@
+"""Room in the arena and in the index: takes what is free, else lets the policy make more.
+
+Owns the order of means: free slots, evicting in the class, clearing a cold slab of another class. It
+must not wait: when nothing may go now, it returns less than was asked for, and says that room is wanted.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from ctxstore_daemon.engine.eviction import INLINE_CLASS
+from ctxstore_daemon.engine.slabs import CHUNK_PAGES, SlabState
+
+if TYPE_CHECKING:
+    from ctxstore_daemon.engine.core import Core
+
+_SLABS_TRIED_MAX: Final = 32
+_BALANCE_EVERY: Final = 16
+"""Searches between two comparisons of the own class with the coldest slab of all."""
+
+
+class Room:
+    """Allocates slots and entries for puts and promotions."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._searches = 0
+
+    def slots(self, pages: int, count: int) -> list[int]:
+        """Up to `count` slots of the class; fewer when the rest is pinned, leased or not yet written."""
+        slabs = self._core.slabs
+        found = slabs.allocate(pages, count)
+        while len(found) < count:
+            if not self._evict_for(pages, count - len(found)):
+                self._core.room_wanted = True
+                break
+            found += slabs.allocate(pages, count - len(found))
+        return found
+
+    def give_back(self, pages: list[int]) -> None:
+        """Undo `slots` for slots that nobody was given."""
+        for page in pages:
+            self._core.slabs.disown(page)
+            self._core.room_changed = True
+
+    def entry(self) -> bool:
+        """Whether the index has a row left, after forgetting one that is only in memory if need be."""
+        core = self._core
+        if not core.index.full:
+            return True
+        for slot_class in (INLINE_CLASS, *core.slabs.classes()):
+            for row in core.policy.victims(slot_class, 1, self._forgettable):
+                core.counters.evicted += 1
+                core.drop(row)
+                return True
+        core.room_wanted = True
+        return False
+
+    def _forgettable(self, row: int) -> bool:
+        return self._core.index.segment_at[row] < 0 and self._core.evictable(row)
+
+    def _evict_for(self, pages: int, count: int) -> bool:
+        self._searches += 1
+        if self._searches % _BALANCE_EVERY == 0 and self._clear_colder(pages):
+            return True
+        core = self._core
+        victims = core.policy.victims(pages, count, core.evictable)
+        for row in victims:
+            core.evict(row)
+        return bool(victims) or self._clear(pages)
+
+    def _clear_colder(self, pages: int) -> bool:
+        """Take a slab from another class when it is the coldest of all: sizes in use change over time."""
+        slabs = self._core.slabs
+        coldest = slabs.coldest(1)
+        if not coldest or coldest[0].pages == pages or pages > CHUNK_PAGES:
+            return False
+        slab = coldest[0]
+        if slabs.chunk_use[slab.first_chunk] >= slabs.coldest_use(pages):
+            return False
+        return self._clear_all([slab])
+
+    def _clear(self, pages: int) -> bool:
+        if pages > CHUNK_PAGES:
+            return any(map(self._clear_all, self._core.slabs.windows(pages)))
+        coldest = self._core.slabs.coldest(_SLABS_TRIED_MAX)
+        return any(self._clear_all([slab]) for slab in coldest if slab.pages != pages)
+
+    def _clear_all(self, slabs: list[SlabState]) -> bool:
+        """Evict everything in these slabs, or nothing."""
+        core = self._core
+        rows: list[int] = []
+        for slab in slabs:
+            for page in slab.used_pages():
+                row = core.slabs.owner_at[page]
+                if not row or not core.evictable(row):
+                    return False
+                rows.append(row)
+        if not rows:
+            return False
+        depth = core.index.depth_at
+        for row in sorted(rows, key=lambda r: -depth[r]):
+            core.evict(row)
+        core.counters.slabs_cleared += len(slabs)
+        return True
