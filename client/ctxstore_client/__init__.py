@@ -18,11 +18,14 @@ from ctxstore.errors import (
     UnknownNamespace,
 )
 from ctxstore.wire.messages import Lookup, PutResult, StatTier
+from ctxstore_client.async_store import AsyncStore, AsyncTicket, connect_async
 from ctxstore_client.ops.control import ShardStat
 from ctxstore_client.store import Store, connect
 from ctxstore_client.tickets import Ticket
 
 __all__ = [
+    "AsyncStore",
+    "AsyncTicket",
     "AuthenticationError",
     "ClosedError",
     "ConfigError",
@@ -42,4 +45,5 @@ __all__ = [
     "UnknownNamespace",
     "__version__",
     "connect",
+    "connect_async",
 ]

@@ -107,7 +107,7 @@ class BlockingDriver:
         return Context(self._pool, Deadline(monotonic, timeout_s))
 
     def run(self, plan: Plan[T], context: Context, cancel: CancelState | None = None) -> T:
-        """Execute a plan; returns or raises what it does. When this returns nothing runs any more."""
+        """Execute a plan; returns or raises what it does, and leaves nothing running."""
         execution = _Execution(self, context.deadline, cancel)
         answer: Any = None
         error: BaseException | None = None
@@ -284,7 +284,7 @@ class _Execution:
         return _Waiting(self, link, option)
 
     def enter_wait(self, link: SocketLink, option: int) -> None:
-        """Let the kernel end the coming call at the deadline; calls that need no poll are cheaper."""
+        """Let the kernel end the coming call at the deadline: cheaper than a poll before each."""
         remaining = self._remaining_s("the daemon")
         armed = link.armed_s.get(option, 0.0)
         if not remaining * ARMED_SHARE <= armed <= remaining + ARMED_SLACK_S:

@@ -153,7 +153,7 @@ class SocketLink:
             self.deferred.insert(0, frames[sent:])
 
     def close(self) -> None:
-        """Shut down and close; when it returns the kernel delivers nothing to this side any more."""
+        """Shut down and close; afterwards the kernel delivers nothing to this side."""
         if self._closed:
             return
         self._closed = True

@@ -1,7 +1,7 @@
 """Memory of the client: maps of the daemon's arena and staging, and pooled local buffers.
 
-Owns mapping, unmapping and reuse. It must not know connections or messages. Maps are not inherited by
-children of this process; memory that somebody still refers to is left to its last reference.
+Owns mapping, unmapping and reuse. It must not know connections or messages. Children of this
+process inherit no map; memory that somebody still refers to is left to its last reference.
 """
 
 from __future__ import annotations

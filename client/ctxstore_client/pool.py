@@ -170,7 +170,7 @@ class Pool:
     def checkout(
         self, want: Acquire, waiter: Callable[[], None] | None = None
     ) -> SocketLink | Permit | None:
-        """A link, or the right to dial one, or None: `waiter` is called when it is worth trying again.
+        """A link, or the right to dial one, or None: `waiter` is called when to try again.
 
         Raises TransportError while the circuit is open, ClosedError after `close`.
         """
@@ -508,7 +508,7 @@ class Pool:
             }
 
     def close(self) -> None:
-        """Close every connection, also those in use: their operations end as if the node was gone."""
+        """Close every connection, also those in use: for their operations the node is gone."""
         state = self._current()
         with state.lock:
             if self._closed:

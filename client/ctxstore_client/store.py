@@ -14,7 +14,8 @@ from ctxstore.errors import DeadlineExceeded, Overloaded, TransportError
 from ctxstore.wire.messages import Lookup, PutResult
 from ctxstore_client.blocking import BlockingDriver, CancelState
 from ctxstore_client.discovery import SharedMemory, Target, resolve_target
-from ctxstore_client.ops import arguments, control, lending, transfers
+from ctxstore_client.ops import arguments, control, lending
+from ctxstore_client.ops.calls import PutOptions, get_call, prefetch_call, put_call
 from ctxstore_client.pool import Pool
 from ctxstore_client.tickets import Ticket, Workers
 
@@ -28,17 +29,14 @@ if TYPE_CHECKING:
     from ctxstore.keys import Keys
     from ctxstore.wire.messages import VerifyReply
     from ctxstore_client.ops.arguments import Buffers, DurabilityName
+    from ctxstore_client.ops.calls import PlanFor
     from ctxstore_client.ops.control import ShardStat
-    from ctxstore_client.ops.requests import ByteArray, Context, Plan
 
 T = TypeVar("T")
 
 __all__ = ["Store", "Ticket", "connect"]
 
 TIMEOUT_S: Final = 5.0
-
-MOMENT_S: Final = 1e-6
-"""What is left of a deadline that passed while its operation waited: enough to say so."""
 
 
 def connect(
@@ -55,8 +53,8 @@ def connect(
     What is None comes from CTXSTORE_ADDRESS, CTXSTORE_NAMESPACE and CTXSTORE_TOKEN, then from the
     defaults. `timeout_s` is the deadline of every operation that names none. Returns a store also
     when no daemon answers: it connects by itself later. Raises ValueError (ConfigError) for a
-    malformed argument, AuthenticationError, UnknownNamespace, WrongCluster or ProtocolError for what
-    the daemon refuses.
+    malformed argument, AuthenticationError, UnknownNamespace, WrongCluster or ProtocolError for
+    what the daemon refuses.
     """
     target = resolve_target(
         address, namespace=namespace, token=token, cluster_id=cluster_id, shm=shm
@@ -111,10 +109,9 @@ class Store:
         `durability`: "memory", "group", or None for the namespace's. TIMEOUT means that the outcome
         is unknown, OVERLOADED that nothing was stored. Buffers of `alloc` are not copied.
         """
-        work = self._put_work(
-            keys, buffers, ttl_s, priority, durability, depth0=depth0, cost_s=cost_s
-        )
-        return work(self._timeout_of(timeout_s), None)
+        options = PutOptions(ttl_s, priority, durability, depth0, cost_s)
+        plan_for = put_call(keys, buffers, options, staged=self._staged)
+        return self._run(plan_for, timeout_s)
 
     def get_into(
         self,
@@ -129,8 +126,7 @@ class Store:
         With `exact` a shard of another length than its buffer is a MISS. A buffer whose verdict is
         not HIT has undefined content.
         """
-        work = self._get_work(keys, buffers, exact)
-        return work(self._timeout_of(timeout_s), None)
+        return self._run(get_call(keys, buffers, exact=exact), timeout_s)
 
     @contextmanager
     def view(
@@ -254,15 +250,8 @@ class Store:
     def prefetch(
         self, keys: Keys, *, by_s: float | None = None, timeout_s: float | None = None
     ) -> Ticket[int]:
-        """Ask the node to have shards in memory in `by_s` seconds; the result is how many will be."""
-        rows = arguments.key_rows(keys)
-        by_us = arguments.by_us(by_s)
-
-        def work(limit_s: float, cancel: CancelState | None) -> int:
-            context = self._driver.context(limit_s)
-            return self._driver.run(control.prefetch(context, rows, by_us), context, cancel)
-
-        return self._submit(work, timeout_s, lambda: 0)
+        """Ask the node to have shards in memory in `by_s` seconds; its result: how many will be."""
+        return self._submit(prefetch_call(keys, by_s), timeout_s, lambda: 0)
 
     def submit_get(
         self,
@@ -276,8 +265,8 @@ class Store:
 
         Raises Overloaded when too many operations wait.
         """
-        work = self._get_work(keys, buffers, exact)
-        return self._submit(work, timeout_s, lambda: [Lookup.TIMEOUT] * len(keys))
+        plan_for = get_call(keys, buffers, exact=exact)
+        return self._submit(plan_for, timeout_s, lambda: [Lookup.TIMEOUT] * len(keys))
 
     def submit_put(
         self,
@@ -292,15 +281,14 @@ class Store:
         timeout_s: float | None = None,
     ) -> Ticket[list[PutResult]]:
         """`put` in the background, with the rules of `submit_get`."""
-        work = self._put_work(
-            keys, buffers, ttl_s, priority, durability, depth0=depth0, cost_s=cost_s
-        )
-        return self._submit(work, timeout_s, lambda: [PutResult.TIMEOUT] * len(keys))
+        options = PutOptions(ttl_s, priority, durability, depth0, cost_s)
+        plan_for = put_call(keys, buffers, options, staged=self._staged)
+        return self._submit(plan_for, timeout_s, lambda: [PutResult.TIMEOUT] * len(keys))
 
     # ------------------------------------------------------------ life
 
     def close(self) -> None:
-        """Close every connection and end every thread. Operations of other threads end as misses."""
+        """Close every connection and end every thread; operations of others end as misses."""
         self._pool.close()
         self._workers.close()
         self._driver.close()
@@ -321,7 +309,7 @@ class Store:
     def _timeout_of(self, timeout_s: float | None) -> float:
         return arguments.timeout_of(timeout_s, self._timeout_s)
 
-    def _run(self, plan_for: Callable[[Context], Plan[T]], timeout_s: float | None) -> T:
+    def _run(self, plan_for: PlanFor[T], timeout_s: float | None) -> T:
         context = self._driver.context(self._timeout_of(timeout_s))
         return self._driver.run(plan_for(context), context)
 
@@ -331,67 +319,15 @@ class Store:
         rows = arguments.key_rows(keys)
         return self._run(lambda context: control.masked(context, rows, operation), timeout_s)
 
-    def _get_work(
-        self, keys: Keys, buffers: Buffers, exact: bool
-    ) -> Callable[[float, CancelState | None], list[Lookup]]:
-        rows = arguments.key_rows(keys)
-        arrays = arguments.byte_arrays(buffers, count=len(rows), writable=True)
-
-        def work(limit_s: float, cancel: CancelState | None) -> list[Lookup]:
-            context = self._driver.context(limit_s)
-            plan = transfers.get_into(context, rows, arrays, exact=exact)
-            return self._driver.run(plan, context, cancel)
-
-        return work
-
-    def _put_work(
-        self,
-        keys: Keys,
-        buffers: Buffers,
-        ttl_s: Any,
-        priority: Any,
-        durability: str | None,
-        *,
-        depth0: Any,
-        cost_s: Any,
-    ) -> Callable[[float, CancelState | None], list[PutResult]]:
-        rows = arguments.key_rows(keys)
-        arrays = arguments.byte_arrays(buffers, count=len(rows), writable=False)
-        columns = arguments.put_columns(
-            len(rows),
-            ttl_s=ttl_s,
-            priority=priority,
-            durability=durability,
-            depth0=depth0,
-            cost_s=cost_s,
-        )
-        staged = self._staged_source(arrays)
-
-        def work(limit_s: float, cancel: CancelState | None) -> list[PutResult]:
-            context = self._driver.context(limit_s)
-            plan = transfers.put(context, rows, arrays, columns, staged=staged)
-            return self._driver.run(plan, context, cancel)
-
-        return work
-
-    def _staged_source(self, arrays: list[ByteArray]) -> transfers.StagedSource | None:
-        if not self._staged or not arrays:
-            return None
-        with self._staged_lock:
-            return lending.find_staged(self._staged, arrays)
-
     def _submit(
-        self,
-        work: Callable[[float, CancelState | None], T],
-        timeout_s: float | None,
-        if_cancelled: Callable[[], T],
+        self, plan_for: PlanFor[T], timeout_s: float | None, if_cancelled: Callable[[], T]
     ) -> Ticket[T]:
-        limit_s = self._timeout_of(timeout_s)
-        started = self._driver.context(limit_s)
+        # The deadline runs from now on, also while the ticket waits for a thread.
+        context = self._driver.context(self._timeout_of(timeout_s))
 
-        def run(cancel: CancelState) -> T:
-            return work(max(started.deadline.remaining_s(), MOMENT_S), cancel)
+        def work(cancel: CancelState) -> T:
+            return self._driver.run(plan_for(context), context, cancel)
 
-        ticket = Ticket(run, if_cancelled)
+        ticket = Ticket(work, if_cancelled)
         self._workers.submit(ticket)
         return ticket

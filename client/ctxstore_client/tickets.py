@@ -36,8 +36,8 @@ class _Phase(Enum):
 class Ticket(Generic[T]):
     """An operation in the background. Any thread of the process that submitted it may use it.
 
-    The caller's buffers belong to the operation until `wait` returned its result, `done` is True, or
-    `cancel` returned.
+    The caller's buffers belong to the operation until `wait` returned its result, `done` is True,
+    or `cancel` returned.
     """
 
     def __init__(self, work: Callable[[CancelState], T], if_cancelled: Callable[[], T]) -> None:

@@ -1,7 +1,7 @@
 """How batches are cut: into requests that fit the daemon's bounds, and into runs for one copy each.
 
-Owns cutting and the layout inside a staging. Pure arithmetic on lengths and offsets; it must not know
-messages or connections.
+Owns cutting and the layout inside a staging. Pure arithmetic on lengths and offsets; it must not
+know messages or connections.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def run_starts(
 
 
 def spanning(first: ByteArray, address: int, size: int, keep: object) -> ByteArray:
-    """One array over neighbouring destinations that begins with `first`; keeps their owners alive."""
+    """One array over neighbouring destinations, of which `first` is the first."""
     if size <= first.size:
         return first[:size]
     return np.asarray(_Span(address, size, keep))

@@ -184,7 +184,7 @@ def remove_op() -> MaskedOp:
 
 
 def masked(context: Context, keys: KeyArray, operation: MaskedOp) -> Plan[BoolArray]:
-    """Apply to every key. Raises DeadlineExceeded, TransportError or Overloaded: some may be done."""
+    """Apply to every key. After DeadlineExceeded, TransportError, Overloaded some may be done."""
     applied = np.zeros(len(keys), np.bool_)
 
     def body(link: Link) -> Plan[None]:

@@ -48,7 +48,7 @@ def on_link(
     *,
     staging_bytes: int = 0,
 ) -> Plan[T]:
-    """Run `body` on a borrowed link; once more on another one when a used link turns out to be dead.
+    """Run `body` on a borrowed link; on another one when a used link turns out to be dead.
 
     A link that served before may have died since, with its daemon restarted behind it. All plans
     can be begun again: they continue with the keys that have no verdict yet.
@@ -144,7 +144,7 @@ def _error_of(failure: Failure) -> CtxStoreError:
 
 
 def timeout_us(context: Context) -> int:
-    """Time for the daemon to answer in, a little less than the caller's: its verdict must arrive too.
+    """Time for the daemon, a little less than the caller's: its verdict must arrive too.
 
     Raises DeadlineExceeded when nothing is left.
     """

@@ -1,7 +1,7 @@
 """Plans and objects of memory that is lent to the caller: zero-copy views and staged buffers.
 
 Owns their lifetime: what is taken when they open, checked and given back when they close. A closed
-or forked one refuses access through itself; memory that the caller still refers to is never unmapped.
+or forked one refuses access; memory that the caller still refers to is never unmapped.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class _Lent(Sequence["memoryview | None"]):
 class Views(_Lent):
     """One read-only memoryview per key, None where there is no shard; valid inside the `with` only.
 
-    They show the daemon's memory itself (over TCP: a pooled local buffer). A memoryview or array made
-    from one must not be used after the block. Any thread may read; another process must not.
+    They show the daemon's memory itself (over TCP: a pooled local buffer). A memoryview or array
+    made from one must not be used after the block. Any thread may read; another process must not.
     """
 
     __slots__ = ("_buffers", "_leases", "_link", "_mapped")
@@ -326,8 +326,7 @@ def open_staged(context: Context, lengths: npt.NDArray[np.int64]) -> Plan[Staged
 def _local_staged(pool: LinkPool, lengths: npt.NDArray[np.int64]) -> Staged:
     buffers: list[ByteArray] = []
     try:
-        for length in lengths.tolist():
-            buffers.append(pool.buffers.take(length)[:length])
+        buffers.extend(pool.buffers.take(length)[:length] for length in lengths.tolist())
     except Overloaded:
         for buffer in buffers:
             pool.buffers.give_back(buffer)

@@ -1,8 +1,8 @@
 """What a plan may ask of its driver, and what a plan knows of a connection.
 
-Owns the vocabulary between plans and drivers. It must not do any of it. A driver answers each request
-by sending its result into the generator, or by throwing `TransportError`, `DeadlineExceeded`,
-`ProtocolError` or a cancellation at the yield.
+Owns the vocabulary between plans and drivers. It must not do any of it. A driver answers each
+request by sending its result into the generator, or by throwing `TransportError`,
+`DeadlineExceeded`, `ProtocolError` or a cancellation at the yield.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ class Link(Protocol):
 
     @property
     def streams(self) -> bool:
-        """Whether this is a data connection (fixed headers and payloads) instead of a control one."""
+        """Whether this is a data connection (headers and payloads), not a control one."""
         ...
 
     @property
     def fresh(self) -> bool:
-        """Whether this is the first operation on it, so that a failure is not a stale connection's."""
+        """Whether this is the first operation on it: its failure is no stale connection's."""
         ...
 
     @property
@@ -105,7 +105,10 @@ class Link(Protocol):
 
 
 class Acquire(NamedTuple):
-    """Lend a connection -> Link. Waits while all are in use; raises TransportError where none can be made."""
+    """Lend a connection -> Link, waiting while all are in use.
+
+    Raises TransportError where none can be made.
+    """
 
     purpose: Purpose
     staging_bytes: int = 0
@@ -158,7 +161,7 @@ class Checksum(NamedTuple):
 
 
 class Parallel(NamedTuple):
-    """Run plans side by side -> their results, in order; when one fails all are over before it raises."""
+    """Run plans side by side -> their results, in order. When it raises, all of them are over."""
 
     plans: Sequence[Generator[Any, Any, Any]]
 
@@ -227,7 +230,7 @@ class LinkPool(Protocol):
         ...
 
     def discard(self, link: Link) -> None:
-        """Shut down and close the link: when this returns, nothing is received through it any more."""
+        """Shut down and close the link: afterwards nothing is received through it."""
         ...
 
 

@@ -1,6 +1,6 @@
 """Plans that move shards over a data connection: get and put between hosts.
 
-Owns the dialogue of headers, entries, payloads and verdicts, and the check of every payload received.
+Owns the dialogue of headers, entries, payloads and verdicts, and the check of what is received.
 Payloads go from the socket to their final destination; nothing here copies one.
 """
 
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from ctxstore_client.ops.shared import GetState, PutState
 
 PIECE_BYTES: Final = 64 * limits.MIB
-"""Payload of one request: enough that round trips vanish, little enough for a node to pin at once."""
+"""Payload of one request: round trips vanish, and a node can still pin it at once."""
 
 PIECE_KEYS_MAX: Final = 4096
 
@@ -108,7 +108,7 @@ def _expect_rid(header: DataHeader, rid: int) -> None:
 
 
 class StreamGet:
-    """A get over one data connection into buffers that `target_for` names once lengths are known."""
+    """A get over one data connection; `target_for` names buffers once lengths are known."""
 
     def __init__(
         self,
