@@ -238,7 +238,7 @@ class AsyncStore:
         return await self._run(lambda context: control.stat(context, rows), timeout_s)
 
     async def explain(self, keys: Keys, *, timeout_s: float | None = None) -> list[Any]:
-        """What the node knows of each key, for people: one JSON value per key.
+        """What the node knows of each key, for people: one JSON object per key, in order.
 
         Raises DeadlineExceeded or TransportError.
         """
@@ -250,9 +250,9 @@ class AsyncStore:
         node = await self._run(control.node_stats, timeout_s)
         return {"client": self._pool.snapshot(), "node": node}
 
-    async def ping(self, *, timeout_s: float | None = None) -> None:
-        """One round trip. Raises DeadlineExceeded, TransportError, or why the hello is refused."""
-        await self._run(control.ping, timeout_s)
+    async def ping(self, *, timeout_s: float | None = None) -> float:
+        """Seconds of one round trip. Raises DeadlineExceeded, TransportError, or why the hello is refused."""
+        return await self._run(control.ping, timeout_s)
 
     # ------------------------------------------------------------ changes
 

@@ -92,6 +92,7 @@ class BreakerState:
 
     failures: int = 0
     closed_at_s: float = 0.0
+    reason: str = "no answer in time"
 
     def fail(self, now_s: float) -> None:
         """Back off exponentially, with jitter so that many clients do not return at once."""
@@ -234,7 +235,7 @@ class Pool:
         if breaker.failures and monotonic() < breaker.closed_at_s:
             self.counters["refused_by_breaker"] += 1
             raise CircuitOpen(
-                f"the node did not answer {breaker.failures} times in a row; trying again soon"
+                f"failed {breaker.failures} times in a row, trying again soon: {breaker.reason}"
             )
 
     def hold(self, link: Link) -> None:
@@ -403,6 +404,7 @@ class Pool:
             refused = isinstance(error, TransportError)
             if late or (refused and not isinstance(error, (CircuitOpen, _StaleRoute))):
                 self.counters["dial_failures"] += 1
+                state.breaker.reason = str(error)
                 state.breaker.fail(monotonic())
             if late or refused:
                 self._forget_route(state)

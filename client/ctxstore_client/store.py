@@ -183,7 +183,7 @@ class Store:
         return self._run(lambda context: control.stat(context, rows), timeout_s)
 
     def explain(self, keys: Keys, *, timeout_s: float | None = None) -> list[Any]:
-        """What the node knows of each key, for people: one JSON value per key.
+        """What the node knows of each key, for people: one JSON object per key, in order.
 
         Raises DeadlineExceeded or TransportError.
         """
@@ -195,9 +195,9 @@ class Store:
         node = self._run(control.node_stats, timeout_s)
         return {"client": self._pool.snapshot(), "node": node}
 
-    def ping(self, *, timeout_s: float | None = None) -> None:
-        """One round trip. Raises DeadlineExceeded, TransportError, or why the hello is refused."""
-        self._run(control.ping, timeout_s)
+    def ping(self, *, timeout_s: float | None = None) -> float:
+        """Seconds of one round trip. Raises DeadlineExceeded, TransportError, or why the hello is refused."""
+        return self._run(control.ping, timeout_s)
 
     # ------------------------------------------------------------ changes
 

@@ -210,17 +210,19 @@ def flush(context: Context) -> Plan[int]:
     return (yield from on_link(context, Purpose.CONTROL, body))
 
 
-def ping(context: Context) -> Plan[None]:
-    """One round trip. Raises DeadlineExceeded or TransportError."""
+def ping(context: Context) -> Plan[float]:
+    """Seconds of one round trip. Raises DeadlineExceeded or TransportError."""
 
-    def body(link: Link) -> Plan[None]:
+    def body(link: Link) -> Plan[float]:
+        before = context.deadline.remaining_s()
         yield from ask(link, Ping(link.next_rid()), CountReply)
+        return before - context.deadline.remaining_s()
 
-    yield from on_link(context, Purpose.CONTROL, body)
+    return (yield from on_link(context, Purpose.CONTROL, body))
 
 
 def explain(context: Context, keys: KeyArray) -> Plan[list[Any]]:
-    """The daemon's explanation, one JSON value per key. Raises like `flush`."""
+    """The daemon's explanation of each key, for people. Raises like `flush`."""
     lines: list[Any] = []
 
     def body(link: Link) -> Plan[None]:
@@ -230,7 +232,9 @@ def explain(context: Context, keys: KeyArray) -> Plan[list[Any]]:
             request = Explain(link.next_rid(), timeout_us(context), piece.data)
             reply = yield from ask(link, request, TextReply)
             found = _json_of(reply)
-            lines.extend(found if isinstance(found, list) else [found])
+            if not isinstance(found, dict) or not isinstance(found.get("explained"), list):
+                raise RemoteProtocolError("TEXT_REPLY: no explanation")
+            lines.extend(found["explained"])
 
     if len(keys):
         yield from on_link(context, Purpose.CONTROL, body)
