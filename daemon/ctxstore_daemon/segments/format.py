@@ -157,11 +157,11 @@ def parse_segment_header(page: Bytes, *, segment: int, node_id: bytes) -> Segmen
     )
     if magic != SEGMENT_MAGIC:
         return Invalid(Fault.MAGIC)
-    if version > FORMAT_VERSION:
-        return Invalid(Fault.VERSION, f"version {version}")
     seed = place_seed(0, segment=found, generation=generation, seq=0)
     if _sum_without(view[:PAGE_BYTES], _SEGMENT.size, seed) != stored:
         return Invalid(Fault.CHECKSUM)
+    if version > FORMAT_VERSION:
+        return Invalid(Fault.VERSION, f"version {version}")
     if owner != node_id:
         return Invalid(Fault.FOREIGN, f"node {owner.hex()}")
     if found != segment:

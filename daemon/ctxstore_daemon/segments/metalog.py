@@ -8,39 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from ctxstore.errors import DeviceError, OutOfSpace, StorageError
-from ctxstore.limits import MIB
 from ctxstore_daemon.engine.records import META_DTYPE, RecordArray
 from ctxstore_daemon.segments.metaformat import (
     FRAME_BYTES,
     Horizon,
-    MetaFrames,
     MetaHeader,
     compact,
-    merge_frames,
     pack_frames,
     pack_meta_header,
-    parse_frames,
-    parse_meta_header,
+)
+from ctxstore_daemon.segments.metareader import (
+    MetaFound,
+    file_names,
+    older_files,
+    read_meta_log,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-
-    import numpy.typing as npt
 
     from ctxstore.seams import Disk, DiskFile
     from ctxstore_daemon.segments.identity import Identity
 
 _LOG: Final = logging.getLogger(__name__)
 
-_NAME: Final = re.compile(r"meta-(\d{6})(-mirror)?\.log(\.tmp)?")
 _PACK_RECORDS: Final = 2048
 """Frames packed before the loop gets a turn: about half a millisecond."""
 
@@ -52,18 +49,6 @@ _VITAL_SHARE: Final = 16
 
 _REWRITE_AGAIN_NS: Final = 60_000_000_000
 """A full log in which nothing was superseded is looked at again after this time."""
-
-_READ_BYTES: Final = 8 * MIB
-
-
-@dataclass(frozen=True, slots=True)
-class MetaFound:
-    """What `MetaLog.open` read. `lost` counts synced records that are in neither file."""
-
-    records: RecordArray
-    lost: int
-    damaged: tuple[str, ...]
-    existed: bool
 
 
 @dataclass(slots=True)
@@ -86,11 +71,6 @@ class _LogState:
     closed: bool = False
 
 
-def file_names(number: int) -> tuple[str, str]:
-    """Names of a log and its mirror."""
-    return f"meta-{number:06d}.log", f"meta-{number:06d}-mirror.log"
-
-
 class MetaLog:
     """Order: `open`, `start` once, then `append` from any number of tasks, `close`.
 
@@ -111,7 +91,13 @@ class MetaLog:
     ) -> tuple[MetaLog, MetaFound]:
         """Read the newest log. Files are left as they are; `start` makes it writable."""
         log = cls(disk, identity, file_bytes_max)
-        found = await log._read()
+        found = await read_meta_log(disk, identity)
+        state = log._state
+        state.number = found.number
+        state.accepted = [found.records]
+        state.accepted_count = state.cells = state.checkpoint_cells = len(found.records)
+        state.cells_synced = found.synced
+        state.rewrite_due = not found.clean
         return log, found
 
     @property
@@ -286,10 +272,8 @@ class MetaLog:
         await self._remove_older(number)
 
     async def _remove_older(self, number: int) -> None:
-        for name in await self._disk.listdir():
-            match = _NAME.fullmatch(name)
-            if match and (int(match[1]) < number or match[3]):
-                await self._disk.remove(name)
+        for name in older_files(await self._disk.listdir(), number):
+            await self._disk.remove(name)
 
     async def _pack(
         self, records: RecordArray, *, first_index: int, synced: int, number: int | None = None
@@ -312,87 +296,6 @@ class MetaLog:
         files, self._state.files = self._state.files, []
         for file in files:
             await _close_quietly(file)
-
-    # -------------------------------------------------------------------------- reading
-
-    async def _read(self) -> MetaFound:
-        state = self._state
-        numbers = set[int]()
-        stray = False
-        for name in await self._disk.listdir():
-            match = _NAME.fullmatch(name)
-            if match and match[3]:
-                stray = True
-            elif match:
-                numbers.add(int(match[1]))
-        state.rewrite_due = True
-        state.number = max(numbers, default=0)
-        damaged: list[str] = []
-        unreadable = 0
-        for number in sorted(numbers, reverse=True):
-            parts, clean, notes = await self._read_pair(number)
-            damaged += notes
-            if not parts:
-                unreadable += 1
-                continue
-            merged = merge_frames(parts)
-            state.accepted = [merged.records]
-            state.accepted_count = state.cells = len(merged.records)
-            state.cells_synced = merged.synced
-            state.checkpoint_cells = len(merged.records)
-            state.rewrite_due = not clean or stray or len(numbers) > 1
-            lost = merged.missing + unreadable
-            return MetaFound(merged.records, lost, tuple(damaged), existed=True)
-        empty = np.zeros(0, META_DTYPE)
-        return MetaFound(empty, unreadable, tuple(damaged), existed=bool(numbers))
-
-    async def _read_pair(self, number: int) -> tuple[list[MetaFrames], bool, list[str]]:
-        """Frames of the files that can be read, whether nothing at all is odd, and what is."""
-        parts: list[MetaFrames] = []
-        notes: list[str] = []
-        odd = False
-        for name in file_names(number):
-            try:
-                data = await read_file(self._disk, name)
-            except StorageError as error:
-                notes.append(f"{name}: {error}")
-                continue
-            secret = self._identity.secret
-            header = parse_meta_header(data[:FRAME_BYTES].tobytes(), number=number, secret=secret)
-            frames = parse_frames(data[FRAME_BYTES:], number=number, secret=secret)
-            if not isinstance(header, MetaHeader):
-                notes.append(f"{name}: header: {header}")
-                if not len(frames.records):
-                    continue
-            elif header.checkpoint > frames.synced and header.checkpoint:
-                # Even the frames that would tell are gone: what the header promised is missing.
-                frames = MetaFrames(
-                    frames.records, frames.indexes, header.checkpoint, frames.bad_cells
-                )
-            odd |= bool(frames.bad_cells) or len(data) % FRAME_BYTES != 0
-            if frames.bad_cells:
-                notes.append(f"{name}: {frames.bad_cells} damaged or torn records")
-            parts.append(frames)
-        same = len(parts) == 2 and np.array_equal(parts[0].indexes, parts[1].indexes)
-        return parts, same and not odd and not notes, notes
-
-
-async def read_file(disk: Disk, name: str) -> npt.NDArray[np.uint8]:
-    """All bytes of a file."""
-    file = await disk.open(name, direct=False)
-    try:
-        size = await file.size()
-        data = np.zeros(size, np.uint8)
-        done = 0
-        while done < size:
-            part = data[done : done + _READ_BYTES]
-            count = await file.preadv([part], done)
-            done += count
-            if count < len(part):
-                break
-        return data[:done]
-    finally:
-        await file.close()
 
 
 def _joined(parts: list[RecordArray]) -> RecordArray:

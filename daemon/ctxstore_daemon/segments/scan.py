@@ -81,6 +81,12 @@ class SegmentScan:
     stop: Invalid | None = None
     groups: list[GroupFound] = field(default_factory=list)
 
+    @property
+    def footer_damaged(self) -> bool:
+        """Whether there was a footer for this generation and it cannot be used."""
+        fault = self.footer_fault.fault if self.footer_fault is not None else Fault.MAGIC
+        return fault not in (Fault.MAGIC, Fault.GENERATION, Fault.SHORT)
+
 
 async def scan_segment(
     file: DiskFile, segment: int, *, identity: Identity, generation: int | None, limit: int | None
@@ -90,22 +96,38 @@ async def scan_segment(
     page = aligned_empty(PAGE_BYTES)
     count = await file.preadv([page], 0) if size >= PAGE_BYTES else 0
     header = parse_segment_header(page[:count], segment=segment, node_id=identity.node_id)
-    if not isinstance(header, SegmentHeader):
-        kept_off = header.fault in (Fault.FOREIGN, Fault.VERSION)
-        finding = Finding.FOREIGN if kept_off else Finding.BLANK
-        return SegmentScan(segment, finding, str(header), file_bytes=size)
-    scan = SegmentScan(segment, Finding.DATA, generation=header.generation, file_bytes=size)
+    scan = SegmentScan(segment, Finding.DATA, file_bytes=size)
+    if isinstance(header, SegmentHeader):
+        scan.generation = header.generation
+    else:
+        scan.finding, scan.reason = Finding.BLANK, str(header)
+        if header.fault in (Fault.FOREIGN, Fault.VERSION):
+            scan.finding = Finding.FOREIGN
+        elif generation is not None:
+            # The meta log knows the generation too, and groups are seeded with it: a damaged page
+            # costs nothing but itself.
+            await _read_groups(file, scan, identity, limit, generation=generation)
+        return scan
     if generation is not None and header.generation < generation:
         scan.finding = Finding.STALE
         scan.reason = f"generation {header.generation}, the meta log has {generation}"
         return scan
-    await _read_footer(file, scan, header.segment_bytes, identity.secret)
-    if not scan.footer_used:
-        await walk_groups(file, scan, identity=identity, limit=limit)
+    await _read_groups(file, scan, identity, limit, generation=header.generation)
     if not scan.last_seq:
         scan.finding = Finding.EMPTY
         scan.reason = str(scan.stop or "")
     return scan
+
+
+async def _read_groups(
+    file: DiskFile, scan: SegmentScan, identity: Identity, limit: int | None, *, generation: int
+) -> None:
+    scan.generation = generation
+    await _read_footer(file, scan, identity.segment_bytes, identity.secret)
+    if not scan.footer_used:
+        await walk_groups(file, scan, identity=identity, limit=limit)
+    if scan.last_seq:
+        scan.finding = Finding.DATA
 
 
 async def _read_footer(file: DiskFile, scan: SegmentScan, segment_bytes: int, secret: int) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from ctxstore.errors import DataDirError, OutOfSpace, StorageError
+from ctxstore.errors import DataDirError, DeviceError, OutOfSpace, StorageError
 from ctxstore.limits import PAGE_BYTES
 from ctxstore_daemon.engine.events import GroupDone, ReadExtents, Statuses, WriteGroup
 from ctxstore_daemon.engine.records import (
@@ -28,7 +28,7 @@ from ctxstore_daemon.engine.records import (
 from ctxstore_daemon.segments.files import SegmentFiles, segment_name
 from ctxstore_daemon.segments.format import SegmentHeader
 from ctxstore_daemon.segments.metaformat import Horizon
-from ctxstore_daemon.segments.metalog import MetaFound, MetaLog
+from ctxstore_daemon.segments.metalog import MetaLog
 from ctxstore_daemon.segments.reader import ExtentReader
 from ctxstore_daemon.segments.recovery import Findings, MetaView, recover
 from ctxstore_daemon.segments.scan import Finding, SegmentScan
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from ctxstore.seams import ByteBuffer, Clock, Disk, Mover
     from ctxstore_daemon.segments.geometry import Geometry
     from ctxstore_daemon.segments.identity import Identity
+    from ctxstore_daemon.segments.metareader import MetaFound
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -276,11 +277,18 @@ class SegmentStore:
         """Make a sealed segment free under a new generation, durable on return.
 
         Its data is gone from the first moment. Raises DeviceError (the segment is retired) or, when
-        the meta log is full, OutOfSpace (call again later).
+        the meta log is full, OutOfSpace (nothing was done: call again later).
         """
         state = self._segments[segment]
+        if state.phase is SegmentPhase.RETIRED:
+            raise DeviceError(f"segment {segment} is retired: its disk space is not trusted")
         assert state.phase is SegmentPhase.SEALED, f"segment {segment} is {state.phase.value}"
-        await self._renew(state)
+        try:
+            await self._renew(state)
+        except OutOfSpace:
+            if state.phase is SegmentPhase.SEALED:
+                raise
+            # Only its file could not be made whole: it is free, and made anew when there is room.
         self._state.segments_recycled += 1
 
     async def _renew(self, state: SegmentState) -> None:
@@ -465,7 +473,8 @@ class SegmentStore:
             return images
         scan = next(scan for scan in found.scans if scan.segment == newest.segment)
         writer = SegmentWriter(_open_state(scan, self._geometry.segment_bytes), self._identity)
-        whole = scan.file_bytes >= self._geometry.segment_bytes
+        # A segment with a damaged header is read, but better not relied upon for more.
+        whole = scan.file_bytes >= self._geometry.segment_bytes and not scan.reason
         if not whole or not writer.fits(GroupPlan.of(RecordBatch(newest.batch.records[:1]))):
             return images
         try:
@@ -481,14 +490,18 @@ class SegmentStore:
         return [_with_open(image) if image is newest else image for image in images]
 
     def _note(self, meta: MetaFound, found: Findings) -> None:
-        for text in meta.damaged:
-            self._note_text(f"meta log: {text}")
+        for file, text in (*meta.damaged, *meta.torn):
+            self._note_text(f"{file}: {text}")
         if meta.lost:
             self._note_text(f"meta log: {meta.lost} records are lost")
         for scan in found.scans:
             name = segment_name(scan.segment)
             if scan.finding in (Finding.FOREIGN, Finding.STALE, Finding.BLANK):
                 self._note_text(f"{name} is not used: {scan.reason}")
+            elif scan.finding is Finding.DATA and scan.reason:
+                self._note_text(f"{name} has a damaged header: {scan.reason}")
+            if scan.finding is Finding.DATA and scan.footer_damaged:
+                self._note_text(f"{name} has a damaged footer: {scan.footer_fault}")
         if len(found.damaged):
             self._note_text(f"{len(found.damaged)} shards of the last group are torn")
 

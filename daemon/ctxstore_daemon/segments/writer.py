@@ -181,6 +181,8 @@ class SegmentWriter:
         value = xxhash.xxh3_64_intdigest(pages.data, footer_seed(trailer, self._identity.secret))
         page = pack_trailer(replace(trailer, footer_sum=value), self._identity.secret)
         await file.pwritev([pages], state.tail)
+        # First the footer, then the page that points to it: only damage makes it unusable.
+        await file.fdatasync()
         await file.pwritev([page], state.segment_bytes - PAGE_BYTES)
         await file.fdatasync()
         state.footer_current = True
