@@ -25,6 +25,7 @@ def audit(machine: Machine) -> list[str]:
         *machine.writeback.audit(),
         *machine.puts.audit(),
         *machine.holds.audit(),
+        *machine.reclaim.audit(),
     ]
     return wrong + _slots(machine) + _pins(machine) + _rows(machine) + _caps(machine)
 
@@ -54,15 +55,14 @@ def _pins(machine: Machine) -> list[str]:
         pins.update(pages.tolist())
     for stream in machine.gets.streams.values():
         pins.update(stream.slots.tolist())
-    for pages in machine.gets.waiting_pins():
-        pins.update(pages)
+    for waiting in machine.gets.waiting_pins():
+        pins.update(waiting)
     pins.update(machine.puts.pins())
     for loads in machine.loads.reads.values():
         pins.update(load.slot for load in loads)
     if machine.writeback.group is not None:
         pins.update(slot for slot in machine.writeback.group.slots if slot)
-    for extra in machine.extra_pins():
-        pins.update(extra)
+    pins.update(machine.checks.pins())
     found = {
         page: int(core.slabs.pins[page]) for page in np.flatnonzero(core.slabs.pins).tolist()
     }

@@ -108,6 +108,8 @@ class Core:
         """A slot, entry or dirty byte became free since the waiting puts and gets last tried."""
         self.room_wanted = False
         """Somebody waits for room: dirty data is written without delay."""
+        self.entries_wanted = False
+        """The index is full of rows that are on disk: a reclaim has to make room."""
         self.on_drop: list[Callable[[int], None]] = []
         """Told before a row is forgotten, while its columns are still there."""
         self._next_id = 1

@@ -74,9 +74,14 @@ class ExtentsState:
         if not flags & LOADING:
             core.drop(row)
 
+    def sealed(self) -> list[SegmentState]:
+        """Segments that may be reclaimed, first in first."""
+        return [
+            state
+            for state in self.segments.values()
+            if state.segment != self.newest and not state.recycling
+        ]
+
     def oldest_sealed(self) -> SegmentState | None:
-        """First in, first out; None when there is only the open one, or all others are on their way."""
-        for state in self.segments.values():
-            if state.segment != self.newest and not state.recycling:
-                return state
-        return None
+        """Next to be reclaimed; None when there is only the open one."""
+        return next(iter(self.sealed()), None)

@@ -56,6 +56,7 @@ class WantState:
 
 
 Damaged = Callable[[int, LoadState], None]
+"""Told (row, load) when the bytes read do not fit their checksum."""
 
 
 class LoadsState:

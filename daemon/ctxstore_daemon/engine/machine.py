@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ctxstore.errors import Overloaded
 from ctxstore.wire import messages as wire
-from ctxstore_daemon.engine import audit, events, lookups, recovery
+from ctxstore_daemon.engine import audit, events, lookups, prefetch, recovery
+from ctxstore_daemon.engine.checks import ChecksState
 from ctxstore_daemon.engine.core import ConnState, Core
 from ctxstore_daemon.engine.eviction import EvictionPolicy, S3Fifo
 from ctxstore_daemon.engine.expiry import ExpiryState
@@ -21,9 +22,10 @@ from ctxstore_daemon.engine.extents import ExtentsState
 from ctxstore_daemon.engine.gets import GetsState
 from ctxstore_daemon.engine.holds import HoldsState
 from ctxstore_daemon.engine.leases import LeasesState
-from ctxstore_daemon.engine.loads import LoadsState
+from ctxstore_daemon.engine.loads import LoadsState, LoadState
 from ctxstore_daemon.engine.meta import MetaState
 from ctxstore_daemon.engine.puts import PutsState
+from ctxstore_daemon.engine.reclaim import ReclaimState
 from ctxstore_daemon.engine.room import Room
 from ctxstore_daemon.engine.stats import EngineStats
 from ctxstore_daemon.engine.writeback import WritebackState
@@ -80,6 +82,13 @@ class Machine:
             core, extents=self.extents, meta=self.meta, writeback=self.writeback
         )
         self.expiry = ExpiryState(core)
+        self.checks = ChecksState(
+            core, extents=self.extents, meta=self.meta, writeback=self.writeback
+        )
+        self.reclaim = ReclaimState(
+            core, extents=self.extents, loads=self.loads, writeback=self.writeback
+        )
+        self.loads.on_damaged = self._load_damaged
         self._on_event: dict[type, Handler] = {
             events.ConnOpened: self._conn_opened,
             events.ConnClosed: self._conn_closed,
@@ -114,6 +123,9 @@ class Machine:
             wire.Flush: self._flush,
             wire.Stats: self._stats,
             wire.Ping: self._ping,
+            wire.Prefetch: self._prefetch,
+            wire.Report: self.checks.report,
+            wire.Verify: self.checks.verify,
         }
 
     # ------------------------------------------------------------ in and out
@@ -142,6 +154,7 @@ class Machine:
             changed = core.room_changed
             self.loads.pump()
             self.puts.pump()
+            self.reclaim.pump()
             self.writeback.pump()
             if not changed:
                 break
@@ -156,6 +169,8 @@ class Machine:
             self.writeback.next_write(),
             self.holds.next_end(),
             self.expiry.next_sweep(),
+            self.reclaim.next_step(),
+            self.checks.next_step(),
         )
         return min((time for time in times if time is not None), default=None)
 
@@ -167,6 +182,7 @@ class Machine:
             or self.writeback.group
             or self.puts.in_flight
             or self.loads.reads
+            or self.checks.in_flight
             or self.meta.pending
         )
 
@@ -198,10 +214,17 @@ class Machine:
         self._on_request[type(message)](event.conn, message, event.deadline_ns)
 
     def _copy_done(self, event: events.CopyDone) -> None:
-        self.puts.on_copy_done(event)
+        if not self.puts.on_copy_done(event):
+            self.checks.on_copy_done(event)
 
     def _reads_done(self, event: events.ReadsDone) -> None:
-        self.loads.on_reads_done(event)
+        if not self.checks.on_reads_done(event):
+            self.loads.on_reads_done(event)
+
+    def _load_damaged(self, row: int, load: LoadState) -> None:
+        self.checks.damaged(
+            row, segment=load.segment, generation=load.generation, page=load.page
+        )
 
     def _segments_changed(self, event: events.SegmentsChanged) -> None:
         extents = self.extents
@@ -214,6 +237,7 @@ class Machine:
 
     def _segment_recycled(self, event: events.SegmentRecycled) -> None:
         self.extents.segments.pop(event.segment, None)
+        self.reclaim.segment_gone(event.segment)
         self.writeback.unblock()
         self.core.room_changed = True
 
@@ -222,6 +246,7 @@ class Machine:
         for row in self.extents.rows_in(event.segment).tolist():
             self.extents.lose_copy(row)
         self.extents.segments.pop(event.segment, None)
+        self.reclaim.segment_gone(event.segment)
         self.core.room_changed = True
 
     def _arena_grew(self, event: events.ArenaGrew) -> None:
@@ -233,6 +258,7 @@ class Machine:
         self.leases.expire()
         self.holds.expire()
         self.expiry.sweep()
+        self.checks.tick()
 
     def _stopping(self, event: events.Stopping) -> None:
         self.core.stopping = True
@@ -259,6 +285,11 @@ class Machine:
 
     def _ping(self, conn: int, message: wire.Ping, deadline_ns: int) -> None:
         self.core.reply(conn, wire.CountReply(message.rid, 0))
+
+    def _prefetch(self, conn: int, message: wire.Prefetch, deadline_ns: int) -> None:
+        prefetch.prefetch(
+            self.core, leases=self.leases, loads=self.loads, conn=conn, message=message
+        )
 
     def _stats(self, conn: int, message: wire.Stats, deadline_ns: int) -> None:
         text = json.dumps(asdict(self.stats()))
@@ -303,6 +334,3 @@ class Machine:
         """
         return audit.audit(self)
 
-    def extra_pins(self) -> list[list[int]]:
-        """Pins of reports that are being checked."""
-        return []

@@ -18,7 +18,6 @@ import numpy as np
 from ctxstore.limits import INLINE_BYTES_MAX, PAGE_BYTES
 from ctxstore.wire import messages as wire
 from ctxstore.wire.messages import WANTED, Durability, PutResult
-from ctxstore_daemon.engine.core import Core, Operation
 from ctxstore_daemon.engine.events import (
     CopyDone,
     CopyIn,
@@ -27,81 +26,19 @@ from ctxstore_daemon.engine.events import (
     PutFinished,
     StreamPutArrived,
 )
-from ctxstore_daemon.engine.index import VISIBLE, split_keys
+from ctxstore_daemon.engine.index import VISIBLE
+from ctxstore_daemon.engine.put_operation import OPEN, PutOperation
 from ctxstore_daemon.engine.slabs import payload_pages, slot_pages
-from ctxstore_daemon.engine.writeback import DurableWaiter, Hurry, WritebackState
+from ctxstore_daemon.engine.writeback import Hurry, WritebackState
 
 if TYPE_CHECKING:
+    from ctxstore_daemon.engine.core import Core
     from ctxstore_daemon.engine.extents import ExtentsState
     from ctxstore_daemon.engine.leases import LeasesState
     from ctxstore_daemon.engine.meta import MetaState
     from ctxstore_daemon.engine.room import Room
 
-_OPEN: Final = 253
-"""Result of an item that is not decided; never leaves the engine."""
-
 _STORED: Final = (int(PutResult.COMMITTED), int(PutResult.EXISTS))
-
-
-class PutOperation(Operation, DurableWaiter):
-    """One put. Columns are lists, one value per key; `rows` is 0 unless this put writes the key."""
-
-    __slots__ = (
-        "claimed_bytes", "copies", "cost", "depth", "first_of", "group", "lengths", "logs", "names",
-        "ns", "offered", "offsets", "open", "priority", "puts", "queued", "raised", "results",
-        "rows", "stream", "todo", "ttl_ms", "was_offered",
-    )  # fmt: skip
-
-    def __init__(
-        self, puts: PutsState, *, conn: int, ns: int, message: wire.Put, deadline_ns: int,
-        stream: bool, group: bool,
-    ) -> None:  # fmt: skip
-        super().__init__(conn, message.rid, deadline_ns)
-        n = message.count
-        self.puts = puts
-        self.ns = ns
-        self.stream = stream
-        self.group = group
-        self.names = split_keys(message.keys)
-        self.lengths: list[int] = message.length_column.tolist()
-        self.offsets: list[int] = message.offset_column.tolist()
-        self.ttl_ms: list[int] = np.broadcast_to(message.ttl_ms_column, n).tolist()
-        self.priority: list[int] = np.broadcast_to(message.priority_column, n).tolist()
-        self.depth: list[int] = np.broadcast_to(message.depth_column, n).tolist()
-        self.cost: list[float] = np.broadcast_to(message.cost_column, n).tolist()
-        self.results = [_OPEN] * n
-        self.rows = [0] * n
-        self.open = n
-        """Items whose result is not decided."""
-        self.copies = 0
-        self.offered: list[int] = []
-        """Stream: items with a slot, in key order once offered."""
-        self.todo: deque[int] = deque()
-        """Items to look at (again)."""
-        self.first_of: dict[int, int] = {}
-        """Duplicate item to the first item with its key."""
-        self.raised: list[int] = []
-        """Rows whose TTL was raised and not logged yet."""
-        self.logs = 0
-        self.claimed_bytes = 0
-        self.queued = False
-        self.was_offered = False
-        """Stream: an offer with WANTED went out, so a PutFinished has to follow."""
-
-    def decide(self, item: int, result: int) -> None:
-        """Give an open item its result."""
-        if self.results[item] == _OPEN:
-            self.results[item] = int(result)
-            self.open -= 1
-
-    def durable(self, item: int, ok: bool) -> None:
-        self.puts.item_durable(self, item, ok)
-
-    def expire(self) -> None:
-        self.puts.expire(self)
-
-    def abandon(self) -> None:
-        self.puts.abandon(self)
 
 
 @dataclass(slots=True)
@@ -196,7 +133,7 @@ class PutsState:
         left: list[int] = []
         while operation.todo:
             item = operation.todo.popleft()
-            if operation.results[item] == _OPEN and not self._look(operation, item):
+            if operation.results[item] == OPEN and not self._look(operation, item):
                 length = operation.lengths[item]
                 pages = 0 if length <= INLINE_BYTES_MAX else slot_pages(length)
                 fresh.setdefault(pages, []).append(item)
@@ -310,7 +247,7 @@ class PutsState:
         used = dict.fromkeys(index.slot_at[operation.rows[item]] for item in claimed)
         self._room.give_back([slot for slot in slots if slot and slot not in used])
         for item in items:
-            if not operation.rows[item] and operation.results[item] == _OPEN:
+            if not operation.rows[item] and operation.results[item] == OPEN:
                 operation.claimed_bytes -= payload_pages(operation.lengths[item]) * PAGE_BYTES
                 left.append(item)
         return claimed
@@ -515,11 +452,11 @@ class PutsState:
         if operation.done or operation.todo:
             return
         duplicates = operation.first_of
-        if operation.open > len(duplicates):
-            offered = len(operation.offered)
-            if operation.stream and offered and operation.open - len(duplicates) == offered:
-                if not operation.copies:
-                    self._offer(operation)
+        left = operation.open - len(duplicates)
+        if left:
+            ready = operation.stream and not operation.copies
+            if ready and left == len(operation.offered):
+                self._offer(operation)
             return
         late = operation.deadline_ns <= self._core.now_ns
         if operation.copies or (operation.logs and not late):
@@ -541,7 +478,7 @@ class PutsState:
         verdicts[items] = WANTED
         for item, first in operation.first_of.items():
             result = operation.results[first]
-            verdicts[item] = PutResult.EXISTS if result in (*_STORED, _OPEN) else result
+            verdicts[item] = PutResult.EXISTS if result in (*_STORED, OPEN) else result
         rows = np.array([operation.rows[item] for item in items], np.int64)
         lengths = [operation.lengths[item] for item in items]
         core.emit(

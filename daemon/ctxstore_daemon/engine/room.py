@@ -53,7 +53,7 @@ class Room:
                 core.counters.evicted += 1
                 core.drop(row)
                 return True
-        core.room_wanted = True
+        core.entries_wanted = True
         return False
 
     def _forgettable(self, row: int) -> bool:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -35,6 +35,11 @@ from ctxstore_daemon.engine.slabs import payload_pages
 
 if TYPE_CHECKING:
     from ctxstore_daemon.engine.extents import ExtentsState
+
+
+_HEADER_BYTES: Final = 2 * PAGE_BYTES
+_RECORD_BYTES: Final = 128
+"""What a group needs beside its extents, generously."""
 
 
 class Hurry(IntEnum):
@@ -271,7 +276,7 @@ class WritebackState:
         """Move dirty rows from the queues to `rows` until the group is full."""
         core = self._core
         flags_at = core.index.flags_at
-        size = 0
+        size = _HEADER_BYTES
         for hurry, queue in self._queues.items():
             if self.survivors_only and hurry != Hurry.RESCUE:
                 return
@@ -280,7 +285,8 @@ class WritebackState:
                 if isinstance(head, FlushOperation):
                     flushes.append(head)
                 elif flags_at[head] & DIRTY and head not in rows:
-                    more = core.page_bytes(head)
+                    more = core.page_bytes(head) or core.index.length_at[head]
+                    more += _RECORD_BYTES
                     if rows and size + more > core.settings.group_bytes_max:
                         return
                     if len(rows) >= core.settings.group_shards_max:
