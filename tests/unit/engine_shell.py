@@ -65,7 +65,7 @@ class Segment:
 class FakeShell:
     """Runs a Machine. With `auto` every instruction is carried out at once, else `step` takes one."""
 
-    def __init__(self, *, recovered=None, grow=True, auto=True, disk=None, **changes):
+    def __init__(self, *, recovered=None, grow=True, auto=True, disk=None, wall_ns=WALL0, **changes):
         self.settings = settings(**changes)
         self.arena = np.zeros(self.settings.arena_bytes, np.uint8)
         self.machine = Machine(
@@ -73,7 +73,7 @@ class FakeShell:
             generations=self.arena[: self.settings.arena_bytes // PAGE_BYTES * 4].view(np.uint32),
         )
         self.now_ns = 1_000 * S
-        self.wall_ns = WALL0
+        self.wall_ns = wall_ns
         self.auto = auto
         self.pending: deque[events.Instruction] = deque()
         self.replies: dict[tuple[int, int], list] = {}
@@ -339,6 +339,7 @@ class FakeShell:
 
     def restart(self, **changes) -> FakeShell:
         """A new node over the same disk."""
+        changes.setdefault("wall_ns", self.wall_ns)
         shell = FakeShell(recovered=self.recovered(), disk=self.disk, **changes)
         shell.retired = list(self.retired)
         shell._announce()

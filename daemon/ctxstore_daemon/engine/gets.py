@@ -151,6 +151,7 @@ class GetsState:
         flags = index.flags[rows]
         if (flags & INLINE).any():
             self._take_inline(rows, seen, status, inline)
+            all_seen = all_seen and not status.any()
         kept = (lengths.astype(np.int64) + _PAGE_MASK) & ~_PAGE_MASK
         if inline:
             kept[list(inline)] = 0

@@ -127,6 +127,7 @@ class IndexState:
         self.capacity = 0
         self._free: list[int] = []
         self._resize(min(_ROWS_FIRST, entries_max + 1))
+        self.segment_at[0] = NO_SEGMENT
 
     def _resize(self, capacity: int) -> None:
         keys = np.zeros((capacity, KEY_BYTES), np.uint8)

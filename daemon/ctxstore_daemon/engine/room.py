@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ctxstore_daemon.engine.core import Core
 
 _SLABS_TRIED_MAX: Final = 32
-_BALANCE_EVERY: Final = 16
+_BALANCE_EVERY: Final = 8
 """Searches between two comparisons of the own class with the coldest slab of all."""
 
 
