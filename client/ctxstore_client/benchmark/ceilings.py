@@ -146,7 +146,7 @@ def _tcp_pair() -> tuple[socket.socket, socket.socket]:
 
 
 def _send_until(sock: socket.socket, stop_at: float) -> None:
-    payload = np.zeros(2 * MIB, np.uint8)
+    payload = memoryview(bytearray(2 * MIB))
     with sock:
         while time.perf_counter() < stop_at:
             sock.sendall(payload)

@@ -122,7 +122,7 @@ def _measure(directory: Path, wanted: set[str], effort: paths.Effort, report: _R
         node = stack.enter_context(BenchNode(directory, memory="2GiB", disk="6GiB"))
         node.wait_populated()
         report.node = _node_facts(node)
-        huge = report.node.get("arena_page_bytes", 4096) > 4096
+        huge = report.node["huge_page_bytes"] > 0
         disk = DiskCeiling(directory, COLD_BYTES * 2, huge=huge)
         if wanted & {"nvme_read_2m", "nvme_read_256k", "nvme_write"}:
             disk.prepare()
@@ -169,5 +169,4 @@ def _node_facts(node: BenchNode) -> dict[str, Any]:
     """Page size and I/O engine obtained: figures mean nothing without them."""
     with ctxstore_client.connect(node.address) as store:
         told = store.stats()["node"]
-    names = ("version", "arena_page_bytes", "arena_page_kind", "io_engine", "direct_io")
-    return {name: told[name] for name in names if name in told}
+    return {"version": told["node"]["version"], "disk": told.get("disk", {}), **told["arena"]}

@@ -77,8 +77,8 @@ class BenchNode:
         deadline = time.monotonic() + READY_TIMEOUT_S
         with ctxstore_client.connect(self.address) as store:
             while time.monotonic() < deadline:
-                node = store.stats().get("node", {})
-                if node.get("arena_populated_bytes", 0) >= node.get("arena_bytes", 1):
+                told = store.stats()["node"]
+                if told["arena"]["populated_bytes"] >= told["engine"]["arena_bytes"]:
                     return
                 time.sleep(0.05)
         raise TimeoutError("the arena was not populated in time")
@@ -130,16 +130,6 @@ class BenchNode:
         if kind is None:
             self.stop()
         self.kill()
-
-
-def synthesize_segments(data_dir: Path, *, shards: int, disk: str) -> None:
-    """Fill an empty data directory with sealed segments whose footers name `shards` shards."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "ctxstore_daemon", "synthesize", "--data-dir", str(data_dir)]
-    command += ["--shards", str(shards), "--disk", disk]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    if done.returncode:
-        raise RuntimeError(f"could not make synthetic segments: {done.stderr.strip()}")
 
 
 def machine() -> dict[str, Any]:

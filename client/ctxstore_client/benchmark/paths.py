@@ -12,7 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -48,7 +48,7 @@ class Effort:
     latency_rounds: int
 
 
-def put_all(store: Store, data: Dataset, durability: str = "memory") -> None:
+def put_all(store: Store, data: Dataset, durability: Literal["memory", "group"] = "memory") -> None:
     """Put and insist that every shard was stored."""
     results = store.put(
         data.keys, list(data.payloads), durability=durability, timeout_s=OP_TIMEOUT_S
@@ -109,7 +109,7 @@ def same_host_put(node: BenchNode, key: str, *, staged: bool, target: float, eff
                 buffers: list[np.ndarray] = list(fresh.payloads)
                 if staged:
                     views = stack.enter_context(store.alloc([2 * MIB] * 32))
-                    buffers = [np.frombuffer(view, np.uint8) for view in views]
+                    buffers = [np.frombuffer(view, np.uint8) for view in views if view is not None]
                     for view, payload in zip(buffers, fresh.payloads, strict=True):
                         np.copyto(view, payload)
                 results: list[PutResult] = []
