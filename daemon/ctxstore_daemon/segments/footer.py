@@ -107,7 +107,7 @@ def decode_footer(
                 return Invalid(Fault.SCHEMA)
             table = reader.get_batch(0)
             table.validate(full=True)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         return Invalid(Fault.SCHEMA, str(error)[:100])
     if table.num_rows != trailer.count or any(column.null_count for column in table.columns):
         return Invalid(Fault.BOUNDS, f"{table.num_rows} records")

@@ -378,8 +378,13 @@ class SegmentStore:
             self._disk, self._files, identity=self._identity, meta=view, mover=mover
         )
         self._note(meta, found)
-        has_data = any(scan.last_seq for scan in found.scans)
-        trusted = meta.lost == 0 and (meta.existed or not has_data)
+        # A generation is recorded before its first data: data without a record is a lost record.
+        unknown = [
+            segment_name(scan.segment)
+            for scan in found.scans
+            if scan.last_seq and scan.generation > view.generations.get(scan.segment, 0)
+        ]
+        trusted = meta.lost == 0 and not unknown
         if not trusted:
             self._note_text("removals may be lost with the meta log: all stored shards are dropped")
         for scan in found.scans:
