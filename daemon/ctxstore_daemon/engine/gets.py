@@ -272,6 +272,9 @@ class GetsState:
 
     def give_up(self, operation: GetOperation) -> None:
         """The deadline passed: what has not been read yet is not waited for."""
+        for item in self._loads.without_room(operation):
+            operation.answer.status[item] = Lookup.OVERLOADED
+            self._core.counters.get_overloaded += 1
         left = operation.answer.status == _OPEN
         operation.answer.status[left] = Lookup.TIMEOUT
         self._core.counters.get_timeouts += int(np.count_nonzero(left))

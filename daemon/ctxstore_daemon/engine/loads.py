@@ -79,6 +79,10 @@ class LoadsState:
         if len(self.queue) == 1:
             self._serve_head()
 
+    def without_room(self, waiter: LoadWaiter) -> list[int]:
+        """Items of this waiter whose read has not begun."""
+        return [item for want in self.queue if want.waiter is waiter for item, _, _ in want.items]
+
     def pump(self) -> None:
         """There may be room now."""
         while self.queue and (self.queue[0].waiter.done or not self.queue[0].items):
