@@ -65,6 +65,11 @@ REQUESTS_AHEAD: Final = 2
 """Gets that are on their way at once, so that the daemon never waits for the next one."""
 
 
+def _piece_bytes(link: Link) -> int:
+    """A small node lets one connection pin less: half of it, since slots are larger than shards."""
+    return max(1, min(PIECE_BYTES, link.hello.lease_bytes_max // 2))
+
+
 class _Damaged(NamedTuple):
     """Keys whose payloads arrived with another checksum than announced, and that announced one."""
 
@@ -138,7 +143,7 @@ class StreamGet:
             indices,
             capacities[indices].astype(np.int64),
             keys_max=min(PIECE_KEYS_MAX, link.hello.batch_keys_max),
-            bytes_max=PIECE_BYTES,
+            bytes_max=_piece_bytes(link),
         )
         for piece in pieces:
             asked = _Asked(link.next_rid(), piece, capacities[piece])
@@ -232,7 +237,7 @@ def stream_put(context: Context, link: Link, state: PutState, chosen: Indices) -
         chosen,
         state.lengths[chosen],
         keys_max=min(PIECE_KEYS_MAX, link.hello.batch_keys_max),
-        bytes_max=PIECE_BYTES,
+        bytes_max=_piece_bytes(link),
     ):
         yield from _put_piece(context, link, state, piece)
 
