@@ -8,6 +8,7 @@ healthy daemon never gives.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import socket
 import tempfile
@@ -37,10 +38,9 @@ Answer = "wire.Reply | wire.Failure | None"
 
 
 def memory_file(size: int) -> tuple[int, np.ndarray]:
+    """Descriptor of a memory file, and its bytes; the mapping ends with the array."""
     fd = os.memfd_create("scripted", os.MFD_CLOEXEC)
     os.ftruncate(fd, size)
-    import mmap
-
     return fd, np.frombuffer(mmap.mmap(fd, size), np.uint8)
 
 
@@ -119,7 +119,12 @@ class ScriptedNode:
             sock.close()
         for thread in self._threads:
             thread.join()
-        os.close(self.arena_fd)
+        if self.arena.size:
+            os.close(self.arena_fd)
+        self.arena = np.empty(0, np.uint8)
+        self.generations = np.empty(0, np.uint32)
+        self.hooks.clear()
+        self.data_hook = self.hello_hook = None
 
     def _listen(self, family: int, address: Any, serve: Any) -> Any:
         listener = socket.socket(family, socket.SOCK_STREAM)

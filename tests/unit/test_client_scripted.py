@@ -1,0 +1,567 @@
+"""The client against answers that a healthy daemon never gives, over real sockets and real memory.
+
+The node is a script (`scripted_node`); each test bends one answer and looks at what the caller sees.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from ctxstore import limits
+from ctxstore.errors import (
+    AuthenticationError,
+    ClosedError,
+    ConfigError,
+    DeadlineExceeded,
+    Overloaded,
+    ProtocolError,
+    RemoteProtocolError,
+    TransportError,
+    UnknownNamespace,
+    VersionMismatch,
+    WrongCluster,
+)
+from ctxstore.wire import data as wired
+from ctxstore.wire import messages as wire
+from ctxstore_client import Lookup, PutResult, StaleView, connect, connect_async
+from tests.unit.scripted_node import ScriptedNode, scripted_node
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def node() -> Iterator[ScriptedNode]:
+    with scripted_node() as script:
+        yield script
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(16, "little")
+
+
+def noise(size: int) -> bytes:
+    return np.random.default_rng(size).bytes(size)
+
+
+def eventually(condition: Any, timeout_s: float = 5.0) -> None:
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until, "it did not come to pass"
+        time.sleep(0.005)
+
+
+# ---------------------------------------------------------------- shared memory
+
+
+def test_a_slot_that_was_reused_during_the_copy_is_a_miss(node: ScriptedNode) -> None:
+    node.store(key(1), noise(5000))
+    node.store(key(2), noise(6000))
+    page = node.slots[key(2)][0] // limits.PAGE_BYTES
+
+    def reuse(script: ScriptedNode, message: wire.Get) -> wire.GetReply:
+        reply = script.get_reply(message)
+        script.generations[page] += 1
+        return reply
+
+    node.hooks[wire.Get] = reuse
+    with connect(node.unix_url) as store:
+        buffers = [bytearray(5000), bytearray(6000)]
+        assert store.get_into([key(1), key(2)], buffers) == [Lookup.HIT, Lookup.MISS]
+        with (
+            pytest.raises(StaleView, match="reused"),
+            store.view([key(1), key(2)]) as views,
+        ):
+            assert bytes(views[0]) == noise(5000)
+            with pytest.raises(StaleView):
+                views.check()
+        del node.hooks[wire.Get]
+        with store.view([key(1)]) as views:
+            views.check()
+
+
+def test_a_view_whose_connection_ended_is_stale(node: ScriptedNode) -> None:
+    node.store(key(1), noise(5000))
+    with connect(node.unix_url) as store:
+        with pytest.raises(StaleView, match="connection"), store.view([key(1)]) as views:
+            node.cut_connections()
+            eventually(lambda: not views._link.alive)
+            assert bytes(views[0]) == noise(5000), "the bytes stay mapped"
+        assert store.get_into([key(1)], [bytearray(5000)]) == [Lookup.HIT]
+
+
+def test_an_error_inside_a_view_is_not_hidden_by_its_staleness(node: ScriptedNode) -> None:
+    node.store(key(1), noise(5000))
+    with connect(node.unix_url) as store, pytest.raises(KeyError), store.view([key(1)]):
+        node.generations[node.slots[key(1)][0] // limits.PAGE_BYTES] += 1
+        raise KeyError
+
+
+def test_leases_ride_with_the_next_request_and_are_flushed_when_there_is_none(
+    node: ScriptedNode,
+) -> None:
+    node.store(key(1), noise(5000))
+    with connect(node.unix_url) as store:
+        for _ in range(3):
+            store.get_into([key(1)], [bytearray(5000)])
+        eventually(lambda: node.released == [1, 2, 3], timeout_s=2.0)
+
+
+def test_an_inline_payload_with_a_wrong_sum_is_a_miss_and_reported(node: ScriptedNode) -> None:
+    node.store(key(1), b"abc")
+    node.store(key(2), b"defg")
+
+    def damage(script: ScriptedNode, message: wire.Get) -> wire.GetReply:
+        reply = script.get_reply(message)
+        return wire.GetReply(reply.rid, reply.lease, reply.entries, b"abX" + b"defg")
+
+    node.hooks[wire.Get] = damage
+    with connect(node.unix_url) as store:
+        buffers = [bytearray(3), bytearray(4)]
+        assert store.get_into([key(1), key(2)], buffers) == [Lookup.MISS, Lookup.HIT]
+        assert buffers[1] == b"defg"
+        with store.view([key(1), key(2)]) as views:
+            assert views[0] is None
+            assert bytes(views[1]) == b"defg"
+        eventually(lambda: node.reported.count(key(1)) == 2)
+
+
+def test_a_lease_share_that_is_too_small_for_the_batch_is_taken_in_turns(
+    node: ScriptedNode,
+) -> None:
+    for number in range(6):
+        node.store(key(number), noise(5000 + number))
+    asked: list[int] = []
+
+    def stingy(script: ScriptedNode, message: wire.Get) -> wire.GetReply:
+        asked.append(message.count)
+        reply = script.get_reply(message)
+        rows = reply.rows.copy()
+        rows["status"][2:] = wire.Lookup.OVERLOADED
+        return wire.GetReply(reply.rid, reply.lease, rows.tobytes())
+
+    node.hooks[wire.Get] = stingy
+    with connect(node.unix_url) as store:
+        buffers = [bytearray(5000 + number) for number in range(6)]
+        assert store.get_into([key(n) for n in range(6)], buffers) == [Lookup.HIT] * 6
+        assert asked == [6, 4, 2]
+        assert [bytes(b) for b in buffers] == [noise(5000 + n) for n in range(6)]
+
+        def full(script: ScriptedNode, message: wire.Get) -> wire.GetReply:
+            rows = np.zeros(message.count, wire.ENTRY_DTYPE)
+            rows["status"] = wire.Lookup.OVERLOADED
+            return wire.GetReply(message.rid, 0, rows.tobytes())
+
+        node.hooks[wire.Get] = full
+        assert store.get_into([key(1)], buffers[:1]) == [Lookup.OVERLOADED]
+
+
+def test_requests_respect_the_nodes_batch_limit(node: ScriptedNode) -> None:
+    node.batch_keys_max = 7
+    keys = [key(number) for number in range(20)]
+    with connect(node.unix_url) as store:
+        assert store.put(keys, [b"x"] * 20) == [PutResult.COMMITTED] * 20
+        assert node.seen["Put"] == 3
+        assert store.match([*keys, key(99)]) == 20
+        assert node.seen["Match"] == 3
+        assert store.match([key(99), *keys]) == 0
+        assert node.seen["Match"] == 4, "what follows a miss is not asked"
+        assert store.exists(keys).all()
+        assert store.get_into(keys, [bytearray(1) for _ in keys]) == [Lookup.HIT] * 20
+        assert node.seen["Get"] == 3
+
+
+def test_without_staging_puts_are_overloaded(node: ScriptedNode) -> None:
+    node.grants_staging = False
+    with connect(node.unix_url) as store:
+        with pytest.raises(Overloaded), store.alloc([10]):
+            pass
+        node.data = ("127.0.0.1", 1)
+        assert store.put([key(1)], [b"abc"]) == [PutResult.OVERLOADED]
+
+
+# ---------------------------------------------------------------- data connections
+
+
+def damage_once(node: ScriptedNode) -> None:
+    def hook(sock: socket.socket, header: Any, meta: bytes) -> bool:
+        node.data_hook = None
+        node.send_shards(sock, header, meta, damage=True)
+        return True
+
+    node.data_hook = hook
+
+
+def test_a_payload_with_a_wrong_sum_is_a_miss_and_reported(node: ScriptedNode) -> None:
+    node.store(key(1), noise(5000))
+    node.store(key(2), noise(6000))
+    with connect(node.tcp_url, shm="off") as store:
+        buffers = [bytearray(5000), bytearray(6000)]
+        damage_once(node)
+        assert store.get_into([key(1), key(2)], buffers) == [Lookup.MISS, Lookup.HIT]
+        assert buffers[1] == noise(6000)
+        eventually(lambda: node.reported == [key(1)])
+        assert store.get_into([key(1)], buffers[:1]) == [Lookup.HIT]
+        damage_once(node)
+        with store.view([key(1), key(2)]) as views:
+            assert views[0] is None
+            assert bytes(views[1]) == noise(6000)
+
+
+def test_a_put_is_sent_again_once_when_asked_to(node: ScriptedNode) -> None:
+    payload = noise(5000)
+    verdicts: list[int] = [wire.RESEND, wire.PutResult.COMMITTED]
+
+    def hook(sock: socket.socket, header: Any, meta: bytes) -> bool:
+        offer = np.array([wire.WANTED], np.uint8)
+        sock.sendall(wired.pack_verdicts(wired.DataOp.OFFER, header.rid, offer))
+        for verdict in verdicts:
+            got = b""
+            while len(got) < 5008:
+                got += sock.recv(5008 - len(got))
+            assert got[:5000] == payload
+            result = np.array([verdict], np.uint8)
+            sock.sendall(wired.pack_verdicts(wired.DataOp.RESULT, header.rid, result))
+        return True
+
+    node.data_hook = hook
+    with connect(node.tcp_url, shm="off") as store:
+        assert store.put([key(1)], [payload]) == [PutResult.COMMITTED]
+        verdicts[1] = wire.PutResult.REFUSED
+        assert store.put([key(1)], [payload]) == [PutResult.REFUSED]
+
+
+def test_nothing_is_written_after_the_verdict(node: ScriptedNode) -> None:
+    """The payload stalls half way; the rest is sent only after the caller has his verdict."""
+    payload = noise(600_000)
+    node.store(key(1), payload)
+    told = threading.Event()
+    sent_rest = threading.Event()
+
+    def hook(sock: socket.socket, header: Any, meta: bytes) -> bool:
+        entries = np.zeros(1, wire.DATA_ENTRY_DTYPE)
+        entries["length"] = len(payload)
+        sock.sendall(wired.pack_get_reply(header.rid, entries))
+        sock.sendall(payload[:300_000])
+        assert told.wait(10)
+        try:
+            sock.sendall(payload[300_000:])
+        except OSError:
+            pass
+        sent_rest.set()
+        return True
+
+    node.data_hook = hook
+    with connect(node.tcp_url, shm="off") as store:
+        buffer = np.zeros(len(payload), np.uint8)
+        began = time.monotonic()
+        assert store.get_into([key(1)], [buffer], timeout_s=0.3) == [Lookup.TIMEOUT]
+        assert 0.25 < time.monotonic() - began < 2
+        buffer[:] = 7
+        told.set()
+        assert sent_rest.wait(10)
+        time.sleep(0.05)
+        assert (buffer == 7).all()
+
+
+@pytest.mark.parametrize("shm", ["off", "require"])
+def test_a_cancelled_coroutine_is_over_with_the_buffers(node: ScriptedNode, shm: str) -> None:
+    payload = noise(600_000)
+    node.store(key(1), payload)
+    gate = threading.Event()
+
+    def hold_data(sock: socket.socket, header: Any, meta: bytes) -> bool:
+        assert gate.wait(10)
+        node.send_shards(sock, header, meta)
+        return True
+
+    def hold_control(script: ScriptedNode, message: wire.Get) -> wire.GetReply:
+        assert gate.wait(10)
+        return script.get_reply(message)
+
+    node.data_hook = hold_data
+    node.hooks[wire.Get] = hold_control
+
+    async def main() -> None:
+        async with connect_async(node.tcp_url, shm=shm) as store:
+            buffer = np.zeros(len(payload), np.uint8)
+            task = asyncio.create_task(store.get_into([key(1)], [buffer]))
+            await asyncio.sleep(0.1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            buffer[:] = 7
+            gate.set()
+            await asyncio.sleep(0.1)
+            assert (buffer == 7).all()
+            node.data_hook = None
+            assert await store.get_into([key(1)], [buffer]) == [Lookup.HIT]
+            assert buffer.tobytes() == payload
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("shm", ["off", "require"])
+def test_a_cancelled_ticket_is_over_with_the_buffers(node: ScriptedNode, shm: str) -> None:
+    payload = noise(600_000)
+    node.store(key(1), payload)
+    gate = threading.Event()
+
+    def hold_data(sock: socket.socket, header: Any, meta: bytes) -> bool:
+        assert gate.wait(10)
+        return False
+
+    def hold_control(script: ScriptedNode, message: wire.Get) -> wire.GetReply:
+        assert gate.wait(10)
+        return script.get_reply(message)
+
+    node.data_hook = hold_data
+    node.hooks[wire.Get] = hold_control
+    with connect(node.tcp_url, shm=shm) as store:
+        buffers = [np.zeros(len(payload), np.uint8) for _ in range(8)]
+        tickets = [store.submit_get([key(1)], [buffer]) for buffer in buffers]
+        time.sleep(0.1)
+        assert not any(ticket.done() for ticket in tickets)
+        with pytest.raises(DeadlineExceeded):
+            tickets[0].wait(0.01)
+        for ticket in tickets[::-1]:  # those that wait for a thread first
+            assert ticket.cancel()
+            assert ticket.done()
+            assert ticket.wait() == [Lookup.TIMEOUT]
+        for buffer in buffers:
+            buffer[:] = 7
+        gate.set()
+        time.sleep(0.1)
+        assert all((buffer == 7).all() for buffer in buffers)
+
+
+# ---------------------------------------------------------------- connections
+
+
+@pytest.mark.parametrize(
+    ("refusal", "raised"),
+    [
+        (AuthenticationError("no"), AuthenticationError),
+        (UnknownNamespace("no"), UnknownNamespace),
+        (WrongCluster("no"), WrongCluster),
+        (VersionMismatch("only 7 to 9"), VersionMismatch),
+    ],
+)
+@pytest.mark.parametrize("by", ["tcp", "unix"])
+def test_refusals_are_raised(
+    node: ScriptedNode, by: str, refusal: Exception, raised: type[Exception]
+) -> None:
+    node.hello_hook = lambda hello: refusal
+    url = node.tcp_url if by == "tcp" else node.unix_url
+    with pytest.raises(raised):
+        connect(url)
+
+    async def main() -> None:
+        with pytest.raises(raised):
+            await connect_async(url)
+
+    asyncio.run(main())
+
+
+def test_a_node_that_shuts_down_is_one_that_is_not_there(node: ScriptedNode) -> None:
+    node.hello_hook = lambda hello: ClosedError("shutting down")
+    with connect(node.unix_url) as store:
+        assert store.get_into([key(1)], [bytearray(1)]) == [Lookup.MISS]
+        node.hello_hook = None
+        eventually(lambda: store.put([key(1)], [b"x"]) == [PutResult.COMMITTED])
+        node.hooks[wire.Flush] = lambda script, message: wire.failure_from_error(
+            message.rid, ClosedError("shutting down")
+        )
+        with pytest.raises(TransportError):
+            store.flush()
+
+
+def test_shared_memory_is_required_but_not_there(node: ScriptedNode) -> None:
+    node.shared = False
+    with pytest.raises(ConfigError, match="require"):
+        connect(node.tcp_url, shm="require")
+    with pytest.raises(ConfigError, match="require"):
+        connect(node.unix_url, shm="require")
+    with connect(node.tcp_url, shm="auto") as store:
+        assert not store.stats()["client"]["shared_memory"]
+
+
+def test_a_unix_socket_of_another_node_is_not_used(node: ScriptedNode) -> None:
+    with scripted_node() as other:
+        node.path, kept = other.path, node.path
+        with connect(node.tcp_url) as store:
+            assert store.put([key(1)], [b"x"]) == [PutResult.COMMITTED]
+            assert not store.stats()["client"]["shared_memory"]
+            assert other.payload(key(1)) is None
+        node.path = kept
+
+
+@pytest.mark.parametrize("shm", ["off", "require"])
+def test_connections_that_died_while_idle_are_replaced(node: ScriptedNode, shm: str) -> None:
+    with connect(node.tcp_url, shm=shm) as store:
+        for round_number in range(3):
+            assert store.put([key(round_number)], [noise(5000)]) == [PutResult.COMMITTED]
+            assert store.get_into([key(round_number)], [bytearray(5000)]) == [Lookup.HIT]
+            assert store.exists([key(round_number)]).all()
+            node.cut_connections()
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("shm", ["off", "require"])
+def test_an_operation_survives_the_death_of_a_used_connection(
+    node: ScriptedNode, shm: str
+) -> None:
+    node.store(key(1), noise(5000))
+    with connect(node.tcp_url, shm=shm) as store:
+        assert store.get_into([key(1)], [bytearray(5000)]) == [Lookup.HIT]
+        assert store.exists([key(1)]).all()
+        cuts: list[Any] = []
+
+        def cut(script: ScriptedNode, message: Any) -> None:
+            script.hooks.clear()
+            cuts.append(message)
+            script.cut_connections()
+
+        node.hooks[wire.Exists] = cut
+        assert store.exists([key(1)]).tolist() == [True]
+        assert store.get_into([key(1)], [bytearray(5000)]) == [Lookup.HIT]
+        if shm == "require":
+            node.hooks[wire.Get] = cut
+        else:
+            node.data_hook = lambda sock, header, meta: bool(
+                cut(node, header) or setattr(node, "data_hook", None) or True
+            )
+        buffer = bytearray(5000)
+        assert store.get_into([key(1)], [buffer]) == [Lookup.HIT]
+        assert buffer == noise(5000)
+        assert len(cuts) == 2
+
+
+@pytest.mark.parametrize("garbage", [b"\xff" * 64, (2**31).to_bytes(4, "little"), b"\0\0\0\0"])
+def test_garbage_is_a_protocol_error(node: ScriptedNode, garbage: bytes) -> None:
+    with connect(node.unix_url) as store:
+        node.hooks[wire.Exists] = lambda script, message: garbage
+        with pytest.raises(RemoteProtocolError):
+            store.exists([key(1)])
+        node.hooks.clear()
+        assert store.exists([key(1)]).tolist() == [False], "on another connection"
+
+
+def test_an_answer_outside_the_arena_is_a_protocol_error(node: ScriptedNode) -> None:
+    def outside(script: ScriptedNode, message: wire.Get) -> wire.GetReply:
+        rows = np.zeros(message.count, wire.ENTRY_DTYPE)
+        rows["offset"], rows["length"] = script.arena.size - 4096, 8192
+        return wire.GetReply(message.rid, 1, rows.tobytes())
+
+    node.hooks[wire.Get] = outside
+    with connect(node.unix_url) as store, pytest.raises(ProtocolError):
+        store.get_into([key(1)], [bytearray(8192)])
+
+
+def test_a_silent_node_costs_at_most_the_deadline(node: ScriptedNode) -> None:
+    silent = [wire.Get, wire.Put, wire.Exists, wire.Match, wire.Remove, wire.Flush, wire.Hold]
+    node.hooks.update(dict.fromkeys(silent, lambda script, message: None))
+    with connect(node.unix_url, timeout_s=0.2) as store:
+        began = time.monotonic()
+        assert store.get_into([key(1)], [bytearray(1)]) == [Lookup.TIMEOUT]
+        assert store.put([key(1)], [b"x"]) == [PutResult.TIMEOUT]
+        assert store.exists([key(1)]).tolist() == [False]
+        assert store.match([key(1)]) == 0
+        for call in (lambda: store.remove([key(1)]), store.flush, lambda: store.hold([key(1)])):
+            with pytest.raises(DeadlineExceeded):
+                call()
+        assert time.monotonic() - began < 7 * 0.2 + 1.0
+
+
+def test_an_overloaded_node_is_a_value_for_data_and_an_error_for_changes(
+    node: ScriptedNode,
+) -> None:
+    kinds = [wire.Get, wire.Put, wire.Exists, wire.Hold]
+    node.hooks.update(
+        dict.fromkeys(
+            kinds, lambda script, message: wire.failure_from_error(message.rid, Overloaded("full"))
+        )
+    )
+    with connect(node.unix_url) as store:
+        assert store.get_into([key(1)], [bytearray(1)]) == [Lookup.OVERLOADED]
+        assert store.put([key(1)], [b"x"]) == [PutResult.OVERLOADED]
+        assert store.exists([key(1)]).tolist() == [False]
+        with pytest.raises(Overloaded):
+            store.hold([key(1)])
+        node.hooks.clear()
+        assert store.put([key(1)], [b"x"]) == [PutResult.COMMITTED]
+        assert store.stats()["client"]["links"]["reader"] == 1, "an answer breaks no connection"
+
+
+def test_the_breaker_opens_and_closes(node: ScriptedNode) -> None:
+    port_url = node.tcp_url
+    node.close()
+    with connect(port_url) as store:
+        for _ in range(30):
+            assert store.get_into([key(1)], [bytearray(1)]) == [Lookup.MISS]
+            assert store.put([key(1)], [b"x"]) == [PutResult.OVERLOADED]
+            time.sleep(0.01)
+        client = store.stats()["client"]
+        assert client["refused_by_breaker"] > client["dial_failures"] > 2
+        began = time.monotonic()
+        store.get_into([key(1)], [bytearray(1)])
+        assert time.monotonic() - began < 0.1
+
+
+def test_several_hosts_are_tried_in_order(node: ScriptedNode) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nobody = unused.getsockname()[1]
+        here = node.control[1]
+        with connect(f"ctxstore://127.0.0.1:{nobody},127.0.0.1:{here}", shm="off") as store:
+            assert store.put([key(1)], [b"x"]) == [PutResult.COMMITTED]
+            assert store.stats()["client"]["route"] == f"ctxstore://127.0.0.1:{here}"
+        with scripted_node() as second:
+            both = f"ctxstore://127.0.0.1:{here},127.0.0.1:{second.control[1]}"
+            with connect(both, shm="off") as store:
+                assert store.exists([key(1)]).all()
+                node.hello_hook = lambda hello: ClosedError("going down")
+                node.cut_connections()
+                time.sleep(0.05)
+                eventually(lambda: store.put([key(2)], [b"y"]) == [PutResult.COMMITTED])
+                assert second.payload(key(2)) == b"y"
+
+
+def test_at_most_so_many_connections_and_no_deadlock(node: ScriptedNode) -> None:
+    payload = noise(5000)
+    with connect(node.unix_url) as store:
+        wrong: list[object] = []
+
+        def work(number: int) -> None:
+            for turn in range(20):
+                name = key(number * 1000 + turn)
+                buffer = bytearray(16)
+                done = store.put([name], [payload[:16]]), store.get_into([name], [buffer])
+                if done != ([PutResult.COMMITTED], [Lookup.HIT]) or buffer != payload[:16]:
+                    wrong.append(done)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        links = store.stats()["client"]["links"]
+        assert links["writer"] <= 2
+        assert links["reader"] <= 9
+
+
+def test_waiting_for_a_connection_ends_with_the_deadline(node: ScriptedNode) -> None:
+    with connect(node.unix_url) as store, store.alloc([10]), store.alloc([10]):
+        began = time.monotonic()
+        assert store.put([key(1)], [b"x"], timeout_s=0.2) == [PutResult.OVERLOADED]
+        with pytest.raises(Overloaded), store.alloc([10], timeout_s=0.2):
+            pass
+        assert 0.35 < time.monotonic() - began < 2
