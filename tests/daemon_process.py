@@ -202,7 +202,11 @@ class DaemonProcess:
             assert self.endpoints.unix is not None, "no unix socket here"
             bare = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             bare.settimeout(10)
-            bare.connect(self.endpoints.unix)
+            try:
+                bare.connect(self.endpoints.unix)
+            except BaseException:
+                bare.close()
+                raise
             return bare
         host, _, port = self.endpoints.control.rpartition(":")
         return socket.create_connection((host, int(port)), timeout=10)

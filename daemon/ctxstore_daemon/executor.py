@@ -112,8 +112,7 @@ class Executor:
         self._groups: asyncio.Queue[events.WriteGroup] = asyncio.Queue()
         self._appends: asyncio.Queue[events.AppendMeta] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup | None = None
-        self.started = asyncio.Event()
-        """Set once events may be submitted."""
+        self._started = asyncio.Event()
         self._ended = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ns = 0
@@ -136,7 +135,7 @@ class Executor:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
-                self.started.set()
+                self._started.set()
                 workers = [tasks.create_task(self._write_groups())]
                 workers.append(tasks.create_task(self._append_metas()))
                 await self._ended.wait()
@@ -164,16 +163,23 @@ class Executor:
     def _note_drained(self) -> None:
         if self._drained is None:
             return
-        stats = self.machine.stats()
-        busy = stats.waiting_puts or stats.waiting_gets or stats.loading or self._running
-        if self._over or self._ended.is_set():
-            self._drained.set()
-        elif not busy and (stats.dirty_shards == 0 or not stats.disk_ok):
+        over = self._over or self._ended.is_set()
+        # With a disk that has failed nothing more is going to be written.
+        written = self.machine.quiescent or not self.machine.stats().disk_ok
+        if over or (written and not self._running):
             self._drained.set()
 
     def end(self) -> None:
         """Let `run` return when the tasks that run now are through."""
         self._ended.set()
+
+    async def begin(self, instructions: list[events.Instruction]) -> None:
+        """Carry out what loading ordered, and return when it is through; before any `submit`."""
+        await self._started.wait()
+        for instruction in instructions:
+            self._actions[type(instruction)](instruction)
+        await self._appends.join()
+        await self._groups.join()
 
     def submit(self, event: events.Event) -> None:
         """Have the machine handle an event and start what it orders."""
@@ -329,6 +335,7 @@ class Executor:
                 done = events.GroupFailed(instruction.group_id, full=True, reason=str(error))
             except StorageError as error:
                 done = events.GroupFailed(instruction.group_id, full=False, reason=str(error))
+            self._groups.task_done()
             self.submit(done)
             self.report_segments()
 
@@ -364,6 +371,7 @@ class Executor:
             except StorageError:
                 ok = False
             for append in batch:
+                self._appends.task_done()
                 self.submit(events.MetaDone(append.meta_id, ok))
 
     def report_segments(self) -> None:

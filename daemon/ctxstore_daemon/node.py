@@ -23,7 +23,6 @@ from ctxstore_daemon.engine.settings import EngineSettings, NamespaceSettings
 from ctxstore_daemon.executor import Executor
 from ctxstore_daemon.segments.identity import open_identity
 from ctxstore_daemon.segments.store import SegmentStore
-from ctxstore_daemon.server.scrub import Scrubber
 from ctxstore_daemon.server.session import (
     Greeting,
     NamespaceFacts,
@@ -92,7 +91,6 @@ class Node:
         self._executor: Executor | None = None
         self._runner: asyncio.Task[None] | None = None
         self._server: ServerState | None = None
-        self._scrubber: Scrubber | None = None
         self._started_ns = 0
 
     @property
@@ -143,14 +141,14 @@ class Node:
         try:
             settings = engine_settings(config, geometry)
             machine = Machine(settings, generations=seams.arena.generations)
-            machine.load(recovered, seams.clock.now())
+            orders = machine.load(recovered, seams.clock.now())
             executor = Executor(
                 machine, store=store, mover=seams.mover, clock=seams.clock, arena=seams.arena
             )
             self._executor = executor
             self._server = self._make_server(identity, settings, executor)
             self._runner = asyncio.create_task(executor.run(), name="executor")
-            await executor.started.wait()
+            await executor.begin(orders)
             executor.submit(events.ArenaGrew(seams.arena.populated_bytes))
             executor.report_segments()
         except BaseException:
@@ -192,8 +190,6 @@ class Node:
         self.phase = NodePhase.STOPPING
         executor, server = self.executor, self.server
         server.accepting = False
-        if self._scrubber is not None:
-            await self._scrubber.stop()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(deadline_s * (1 - STOP_RESERVE)):
                 await executor.drain()
@@ -243,8 +239,6 @@ class Node:
             connections_max=config.limits.connections_max,
         )
         server.on_stats = self.stats_text
-        self._scrubber = Scrubber(executor, seams.clock)
-        server.on_verify = self._scrubber.begin
         return server
 
     def stats(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+import uvloop
 
 from ctxstore.config import Address
 from ctxstore.errors import ConfigError, DataDirError
@@ -49,6 +50,10 @@ from ctxstore_daemon.telemetry.log import (
 
 if TYPE_CHECKING:
     from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NODE = bytes(range(16))
 
@@ -277,7 +282,11 @@ def test_http_answers(request_line: bytes, status: int) -> None:
     assert len(body) == (0 if request_line.startswith(b"HEAD") else length)
 
 
-def test_http_server_over_a_socket() -> None:
+@pytest.mark.leaks_ok(reason="libuv keeps its signal pipe for the life of the process")
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_http_server_over_a_socket(
+    loop_factory: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
     async def body() -> None:
         loop = asyncio.get_running_loop()
         state = HttpServerState(PAGES)
@@ -308,7 +317,8 @@ def test_http_server_over_a_socket() -> None:
         await server.wait_closed()
         await asyncio.sleep(0)
 
-    asyncio.run(body())
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(body())
 
 
 async def _ask_until_refused(address: tuple[str, int]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 REQUEST_BYTES_MAX: Final = 8 * 1024
 REQUEST_TIMEOUT_S: Final = 5.0
@@ -70,10 +70,10 @@ class HttpConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client came; strangers above the bound are turned away at once."""
-        assert isinstance(transport, asyncio.Transport), "HTTP runs on streams"
-        self._transport = transport
+        # uvloop's transports are no subclasses of asyncio's.
+        self._transport = cast("asyncio.Transport", transport)
         if len(self._server.open) >= CONNECTIONS_MAX:
-            transport.abort()
+            self._transport.abort()
             return
         self._server.open[self] = None
         loop = asyncio.get_running_loop()

@@ -141,8 +141,9 @@ class Gate:
 class Listener:
     """One listening socket: control connections, or data connections with `role` DATA.
 
-    Call order: construct on a bound socket, `run` as a task, cancel it to stop accepting; that
-    closes the socket and every connection that has not said hello. Open connections stay.
+    Call order: construct on a bound socket, which makes clients wait in line; `run` as a task lets
+    them in; cancel it to stop accepting: that closes the socket and every connection that has not
+    said hello. Open connections stay.
     """
 
     def __init__(self, bound: socket.socket, gate: Gate, *, role: wire.Role) -> None:
@@ -150,13 +151,13 @@ class Listener:
         self._gate = gate
         self._role = role
         self._local = bound.family == socket.AF_UNIX
+        bound.setblocking(False)
+        bound.listen(BACKLOG)
         self._greetings = 0
 
     async def run(self) -> None:
         """Accept until cancelled."""
         loop = asyncio.get_running_loop()
-        self._socket.setblocking(False)
-        self._socket.listen(BACKLOG)
         try:
             async with asyncio.TaskGroup() as tasks:
                 while True:
@@ -185,7 +186,7 @@ class Listener:
                 await self._hand_on(accepted, greeting)
                 handed_on = True
             except CtxStoreError as error:
-                _log.info("hello_refused", error=str(error), client=_client(greeting))
+                _log.warning("hello_refused", error=str(error), client=_client(greeting))
                 await _say_farewell(accepted, greeting.failure(error))
         except (OSError, TimeoutError) as error:
             _log.debug("greeting_broke", error=str(error) or type(error).__name__)

@@ -92,7 +92,6 @@ class ServerState:
         "namespaces",
         "next_conn",
         "on_stats",
-        "on_verify",
         "opened_total",
         "protocol_errors",
         "reply_errors",
@@ -123,7 +122,6 @@ class ServerState:
         self.token_bytes = token_bytes
         self.connections_max = connections_max
         self.on_stats: Callable[[], str] = lambda: "{}"
-        self.on_verify: Callable[[ControlSession, wire.Verify], None] | None = None
         self.accepting = True
         self.unix_path = ""
         self.address_data = ""
@@ -429,10 +427,6 @@ class ControlSession:
             return
         elif isinstance(message, wire.Stats):
             self.deliver(wire.TextReply(message.rid, server.on_stats()))
-            return
-        elif isinstance(message, wire.Verify):
-            assert server.on_verify is not None, "the node sets it before anybody connects"
-            server.on_verify(self, message)
             return
         elif isinstance(message, wire.OneWay):
             server.executor.submit(events.RequestArrived(self.conn, message, 0))

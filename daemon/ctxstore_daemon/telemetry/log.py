@@ -95,7 +95,7 @@ class LineFormatter(logging.Formatter):
 
 
 class RepeatFilter(logging.Filter):
-    """Lets each event of a level through a few times a window, and says how many it kept back.
+    """Lets each fault through a few times a window, and says how many it kept back.
 
     State changes under the handler's lock only: install it on one handler.
     """
@@ -107,7 +107,7 @@ class RepeatFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """False for a repeat too many."""
         event = getattr(record, "event", None)
-        if event is None:
+        if event is None or record.levelno < logging.WARNING:
             return True
         key = (record.name, event, record.levelno)
         began, count = self._windows.get(key, (record.created, 0))
