@@ -8,30 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from ctxstore.errors import DataDirError, DeviceError, OutOfSpace, StorageError
+from ctxstore.errors import DeviceError, OutOfSpace, StorageError
 from ctxstore.limits import PAGE_BYTES
 from ctxstore_daemon.engine.events import GroupDone, ReadExtents, Statuses, WriteGroup
-from ctxstore_daemon.engine.records import (
-    META_DTYPE,
-    MetaKind,
-    RecordArray,
-    RecordBatch,
-    Recovered,
-    SegmentImage,
-)
+from ctxstore_daemon.engine.records import MetaKind, RecordArray, Recovered
 from ctxstore_daemon.segments.files import SegmentFiles, segment_name
 from ctxstore_daemon.segments.format import SegmentHeader
 from ctxstore_daemon.segments.metaformat import Horizon
 from ctxstore_daemon.segments.metalog import MetaLog
 from ctxstore_daemon.segments.reader import ExtentReader
-from ctxstore_daemon.segments.recovery import Findings, MetaView, recover
-from ctxstore_daemon.segments.scan import Finding, SegmentScan
+from ctxstore_daemon.segments.recovery import MetaView, recover
+from ctxstore_daemon.segments.startup import plan_start
+from ctxstore_daemon.segments.states import SegmentPhase, SegmentState, StoreState, meta_row
 from ctxstore_daemon.segments.writer import (
     GroupPlan,
     OpenSegmentState,
@@ -46,52 +39,11 @@ if TYPE_CHECKING:
     from ctxstore.seams import ByteBuffer, Clock, Disk, Mover
     from ctxstore_daemon.segments.geometry import Geometry
     from ctxstore_daemon.segments.identity import Identity
-    from ctxstore_daemon.segments.metareader import MetaFound
 
 _LOG: Final = logging.getLogger(__name__)
 
 _UNBORN_RETRY_NS: Final = 10_000_000_000
 """After the file system refused room for a new segment, it is asked again after this time."""
-
-_LOST_RESERVATION: Final = 1 << 32
-"""Where the reservation of sequence numbers is lost, this many are skipped."""
-
-
-class SegmentPhase(Enum):
-    """Life of a segment number."""
-
-    UNBORN = "no file yet"
-    DIRTY = "file without data, needs a header of a new generation"
-    FREE = "synced header of a generation that has no data"
-    OPEN = "takes groups"
-    SEALED = "full, or of an earlier run"
-    RECYCLING = "header being rewritten"
-    RETIRED = "a write or sync failed: read only, for ever"
-    FOREIGN = "not ours: never touched"
-
-
-@dataclass(slots=True)
-class SegmentState:
-    """One segment number. Changed only in this file."""
-
-    segment: int
-    phase: SegmentPhase
-    generation: int = 0
-    first_seq: int = 0
-    last_seq: int = 0
-
-
-@dataclass(slots=True)
-class StoreState:
-    """Counters since start, for metrics; `notes` are findings of the start for a person."""
-
-    groups: int = 0
-    group_bytes: int = 0
-    groups_failed: int = 0
-    extents_read: int = 0
-    segments_recycled: int = 0
-    segments_retired: int = 0
-    notes: list[str] = field(default_factory=list)
 
 
 class SegmentStore:
@@ -244,7 +196,7 @@ class SegmentStore:
         if self._writer is not None and self._writer.state.segment == segment:
             tail = self._writer.state.tail
             self._writer = None
-        row = _meta_row(MetaKind.RETIRED, state, seq=self._last_seq)
+        row = meta_row(MetaKind.RETIRED, state, seq=self._last_seq)
         row["page"] = tail // PAGE_BYTES
         try:
             await self._meta.append(row, sync=True, vital=True)
@@ -295,7 +247,7 @@ class SegmentStore:
         """Generation + 1: recorded in the meta log, then written and synced in the header."""
         before, state.phase = state.phase, SegmentPhase.RECYCLING
         name = segment_name(state.segment)
-        row = _meta_row(MetaKind.GENERATION, state, seq=self._last_seq)
+        row = meta_row(MetaKind.GENERATION, state, seq=self._last_seq)
         row["generation"] += 1
         try:
             await self._meta.append(row, sync=True, vital=True)
@@ -377,190 +329,30 @@ class SegmentStore:
         found = await recover(
             self._disk, self._files, identity=self._identity, meta=view, mover=mover
         )
-        self._note(meta, found)
-        # A generation is recorded before its first data: data without a record is a lost record.
-        unknown = [
-            segment_name(scan.segment)
-            for scan in found.scans
-            if scan.last_seq and scan.generation > view.generations.get(scan.segment, 0)
-        ]
-        trusted = meta.lost == 0 and not unknown
-        if not trusted:
-            self._note_text("removals may be lost with the meta log: all stored shards are dropped")
-        for scan in found.scans:
-            self._enter(scan, view, trusted=trusted)
-        for segment, reason in found.unreadable.items():
-            # Perhaps it can be read next time: no tombstone may be forgotten until then.
-            self._segments[segment] = SegmentState(
-                segment, SegmentPhase.RETIRED, view.generations.get(segment, 0), first_seq=1
-            )
-            self._note_text(f"{segment_name(segment)} cannot be read: {reason}")
-        await self._fit_cap()
-        self._last_seq = max((s.last_seq for s in self._segments.values()), default=0)
-        for segment in range(self._geometry.segments + len(self._segments)):
-            if len(self._segments) >= self._geometry.segments:
-                break
-            self._segments.setdefault(
-                segment,
-                SegmentState(segment, SegmentPhase.UNBORN, view.generations.get(segment, 0)),
-            )
-        images = self._images(found)
-        await self._meta.start(
-            self._horizon, extra=np.concatenate([found.damaged, self._outdate(found)])
-        )
-        open_image = await self._resume(found, images)
-        records = np.concatenate([meta.records, found.damaged])
-        floor = _seq_floor(found.scans, meta.records, trusted=trusted)
-        return Recovered(tuple(open_image), records, floor)
+        start = plan_start(meta, view, found, identity=self._identity, geometry=self._geometry)
+        for text in start.notes:
+            _LOG.warning("recovery %s", text)
+        self._state.notes = start.notes
+        self._segments, self._last_seq = start.segments, start.last_seq
+        for segment in start.surplus:
+            await self._files.forget(segment)
+            await self._disk.remove(segment_name(segment))
+        await self._meta.start(self._horizon, extra=start.extra)
+        if start.writer is not None:
+            await self._resume(start.writer)
+        resumed = None if self._writer is None else self._writer.state.segment
+        images = tuple(replace(image, sealed=image.segment != resumed) for image in start.images)
+        return Recovered(images, np.concatenate([meta.records, found.damaged]), start.seq_floor)
 
-    def _enter(self, scan: SegmentScan, view: MetaView, *, trusted: bool) -> None:
-        known = view.generations.get(scan.segment, 0)
-        state = SegmentState(scan.segment, SegmentPhase.DIRTY, max(known, scan.generation))
-        if scan.finding is Finding.FOREIGN:
-            state.phase = SegmentPhase.FOREIGN
-        elif scan.finding is Finding.DATA and trusted:
-            retired = scan.segment in view.retired
-            state.phase = SegmentPhase.RETIRED if retired else SegmentPhase.SEALED
-            state.first_seq, state.last_seq = scan.first_seq, scan.last_seq
-        elif scan.segment in view.retired and scan.finding is not Finding.STALE:
-            state.phase = SegmentPhase.RETIRED
-        self._segments[scan.segment] = state
-
-    def _outdate(self, found: Findings) -> RecordArray:
-        """Generation records for segments dropped now that might be read next time."""
-        rows = [np.zeros(0, META_DTYPE)]
-        for scan in found.scans:
-            state = self._segments.get(scan.segment)
-            if state is None or state.phase is not SegmentPhase.DIRTY:
-                continue
-            if scan.finding is Finding.DATA or (scan.finding is Finding.BLANK and state.generation):
-                state.generation += 1
-                rows.append(_meta_row(MetaKind.GENERATION, state, seq=self._last_seq))
-        return np.concatenate(rows)
-
-    async def _fit_cap(self) -> None:
-        """A smaller cap than last time: files go, those without data and the oldest first."""
-        order = sorted(
-            (s for s in self._segments.values() if s.phase is not SegmentPhase.FOREIGN),
-            key=lambda s: (s.last_seq, -s.segment),
-        )
-        surplus = len(self._segments) - self._geometry.segments
-        for state in order[: max(0, surplus)]:
-            await self._files.forget(state.segment)
-            await self._disk.remove(segment_name(state.segment))
-            del self._segments[state.segment]
-            self._note_text(f"{segment_name(state.segment)} deleted to fit the disk cap")
-        if len(self._segments) > self._geometry.segments:
-            raise DataDirError(
-                "the data directory is full of segments of other nodes; move them elsewhere"
-            )
-
-    def _images(self, found: Findings) -> list[SegmentImage]:
-        images = [
-            SegmentImage(
-                segment=scan.segment,
-                generation=scan.generation,
-                first_seq=scan.first_seq,
-                last_seq=scan.last_seq,
-                batch=scan.batch,
-                group_seq=scan.group_seq,
-                sealed=True,
-            )
-            for scan in found.scans
-            if scan.segment in self._segments and self._segments[scan.segment].first_seq
-        ]
-        return sorted(images, key=lambda image: image.first_seq)
-
-    async def _resume(self, found: Findings, images: list[SegmentImage]) -> list[SegmentImage]:
-        """Go on filling the newest segment if it has room, else every restart wastes one."""
-        newest = max(images, key=lambda image: image.last_seq, default=None)
-        if newest is None or self._segments[newest.segment].phase is not SegmentPhase.SEALED:
-            return images
-        scan = next(scan for scan in found.scans if scan.segment == newest.segment)
-        writer = SegmentWriter(_open_state(scan, self._geometry.segment_bytes), self._identity)
-        # A segment with a damaged header is read, but better not relied upon for more.
-        whole = scan.file_bytes >= self._geometry.segment_bytes and not scan.reason
-        if not whole or not writer.fits(GroupPlan.of(RecordBatch(newest.batch.records[:1]))):
-            return images
+    async def _resume(self, writer: SegmentWriter) -> None:
+        """Go on with the segment that was open, if it can still be synced."""
+        segment = writer.state.segment
+        self._writer = writer
         try:
-            async with self._files.with_file(newest.segment) as file:
+            async with self._files.with_file(segment) as file:
                 # The last group may be complete and not durable; it is about to be relied upon.
                 await file.fdatasync()
         except StorageError as error:
-            self._writer = writer
-            await self._retire(newest.segment, str(error))
-            return images
-        self._writer = writer
-        self._segments[newest.segment].phase = SegmentPhase.OPEN
-        return [_with_open(image) if image is newest else image for image in images]
-
-    def _note(self, meta: MetaFound, found: Findings) -> None:
-        for file, text in (*meta.damaged, *meta.torn):
-            self._note_text(f"{file}: {text}")
-        if meta.lost:
-            self._note_text(f"meta log: {meta.lost} records are lost")
-        for scan in found.scans:
-            name = segment_name(scan.segment)
-            if scan.finding in (Finding.FOREIGN, Finding.STALE, Finding.BLANK):
-                self._note_text(f"{name} is not used: {scan.reason}")
-            elif scan.finding is Finding.DATA and scan.reason:
-                self._note_text(f"{name} has a damaged header: {scan.reason}")
-            if scan.finding is Finding.DATA and scan.footer_damaged:
-                self._note_text(f"{name} has a damaged footer: {scan.footer_fault}")
-        if len(found.damaged):
-            self._note_text(f"{len(found.damaged)} shards of the last group are torn")
-
-    def _note_text(self, text: str) -> None:
-        _LOG.warning("recovery %s", text)
-        self._state.notes.append(text)
-
-
-def _open_state(scan: SegmentScan, segment_bytes: int) -> OpenSegmentState:
-    return OpenSegmentState(
-        segment=scan.segment,
-        generation=scan.generation,
-        segment_bytes=segment_bytes,
-        tail=scan.tail,
-        first_seq=scan.first_seq,
-        last_seq=scan.last_seq,
-        records=[scan.batch.records],
-        group_seq=[scan.group_seq],
-        inline=[scan.batch.inline],
-        count=len(scan.batch.records),
-        inline_bytes=len(scan.batch.inline),
-        footer_current=scan.footer_used,
-        # Also a footer that cannot be used is cleared away before the next group.
-        trailer_stale=True,
-    )
-
-
-def _with_open(image: SegmentImage) -> SegmentImage:
-    return SegmentImage(
-        segment=image.segment,
-        generation=image.generation,
-        first_seq=image.first_seq,
-        last_seq=image.last_seq,
-        batch=image.batch,
-        group_seq=image.group_seq,
-        sealed=False,
-    )
-
-
-def _meta_row(kind: MetaKind, state: SegmentState, *, seq: int) -> RecordArray:
-    row: RecordArray = np.zeros(1, META_DTYPE)
-    row["kind"] = int(kind)
-    row["segment"] = state.segment
-    row["generation"] = state.generation
-    row["seq"] = seq
-    return row
-
-
-def _seq_floor(scans: list[SegmentScan], meta: RecordArray, *, trusted: bool) -> int:
-    """Above every number that a group, a birth or a record ever used."""
-    top = max((scan.last_seq for scan in scans), default=0)
-    for scan in scans:
-        if len(scan.batch.records):
-            top = max(top, int(scan.batch.records["birth"].max()))
-    if len(meta):
-        top = max(top, int(meta["seq"].max()), int(meta["birth"].max()))
-    return top + 1 if trusted else top + _LOST_RESERVATION
+            await self._retire(segment, str(error))
+        else:
+            self._segments[segment].phase = SegmentPhase.OPEN
