@@ -154,6 +154,8 @@ class HistoryChecker:
     def __init__(self, oracle: LossOracle | None = None) -> None:
         self._oracle = oracle or NoLosses()
         self._shards: dict[ShardId, _ShardState] = {}
+        self._jumped_ns = -1
+        """Last start after a jump of the wall clock: TTLs from before it mean little."""
         self.observations = 0
         """Claims that were compared with the history."""
         self.duties_checked = 0
@@ -273,6 +275,7 @@ class HistoryChecker:
         """The node is back. After a jump of the wall clock a TTL may start again, or be over."""
         if not clock_jumped:
             return
+        self._jumped_ns = now_ns
         for state in self._shards.values():
             for attempt in state.attempts:
                 if attempt.expires_high_ns != NEVER_NS:
@@ -392,7 +395,13 @@ class HistoryChecker:
         seen = possible[0] if len(possible) == 1 else None
         duty = self._duty_of(state, began_ns, now_ns)
         if duty is None:
-            if seen is not None and state.duty is None and state.undisturbed_since(began_ns):
+            fixed = seen is not None and (not seen.ttl_ms or seen.began_ns > self._jumped_ns)
+            if (
+                seen is not None
+                and fixed
+                and state.duty is None
+                and (state.undisturbed_since(began_ns))
+            ):
                 low = _expiry_low(seen.began_ns, seen.ttl_ms)
                 state.duty = DutyState(Level.MEMORY, began_ns, now_ns, seen, low, low)
             return

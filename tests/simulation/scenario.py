@@ -102,6 +102,8 @@ class Scenario:
         self._named = 0
         self._jumped = False
         self._disk_busy = asyncio.Lock()
+        self._over = asyncio.Event()
+        """The clients are done: no more faults."""
 
     # ------------------------------------------------------------------------- the course
 
@@ -153,9 +155,13 @@ class Scenario:
                     if not task.cancelled():
                         task.result()
         finally:
-            for task in [*actors, *self._clients]:
+            self._over.set()
+            for task in self._clients:
                 task.cancel()
-            await asyncio.wait([*actors, *self._clients])
+            # Faults are not broken off half way: a process that was being stopped is stopped.
+            await asyncio.gather(*actors, *self._clients, return_exceptions=True)
+        for actor in actors:
+            actor.result()
         await self._make_peace()
         await self._settle_accounts("after the faults")
         await self._show_progress()
@@ -201,8 +207,7 @@ class Scenario:
 
     async def _kill_now_and_then(self) -> None:
         profile = self.profile
-        while True:
-            await self._pause(profile.kill_every_s)
+        while await self._pause(profile.kill_every_s):
             async with self._disk_busy:
                 await self._end_process(clean=self.rng.random() < profile.stop_share)
                 self.host.disk.faults.heal()
@@ -240,12 +245,15 @@ class Scenario:
         )
         return [actor() for rate, actor in chosen if rate]
 
-    async def _pause(self, mean_s: float) -> None:
-        await asyncio.sleep(self.rng.uniform(0.2, 1.8) * mean_s)
+    async def _pause(self, mean_s: float) -> bool:
+        """Wait; whether faults are still wanted."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.rng.uniform(0.2, 1.8) * mean_s):
+                await self._over.wait()
+        return not self._over.is_set()
 
     async def _kill_clients(self) -> None:
-        while True:
-            await self._pause(self.profile.client_death_every_s)
+        while await self._pause(self.profile.client_death_every_s):
             if not self._clients:
                 return
             task = self.rng.choice(list(self._clients))
@@ -259,8 +267,7 @@ class Scenario:
             self._spawn_client(self.profile.steps // 3, remote=not client.pool.shared)
 
     async def _break_network(self) -> None:
-        while True:
-            await self._pause(self.profile.network_fault_every_s)
+        while await self._pause(self.profile.network_fault_every_s):
             links = [link for client in self._clients.values() for link in client.pool.links]
             if not links:
                 continue
@@ -277,16 +284,14 @@ class Scenario:
                 connection.half_open()
 
     async def _slow_disk(self) -> None:
-        while True:
-            await self._pause(self.profile.disk_slow_every_s)
+        while await self._pause(self.profile.disk_slow_every_s):
             async with self._disk_busy:
                 self.host.disk.faults.slow_down(self.rng.choice((0.01, 0.1, 1.0)))
             await asyncio.sleep(self.rng.uniform(0.05, 0.6))
             self.host.disk.faults.heal()
 
     async def _fail_disk(self) -> None:
-        while True:
-            await self._pause(self.profile.eio_every_s)
+        while await self._pause(self.profile.eio_every_s):
             op = self.rng.choice((Op.READ, Op.READ, Op.WRITE, Op.SYNC))
             chance = self.rng.choice((0.05, 0.3, 1.0))
             self.watch.note("eio", op.value, chance)
@@ -297,16 +302,14 @@ class Scenario:
             faults.heal()
 
     async def _jump_clock(self) -> None:
-        while True:
-            await self._pause(self.profile.clock_jump_every_s)
+        while await self._pause(self.profile.clock_jump_every_s):
             seconds = self.rng.choice((-86_400.0, -3.0, -0.5, 0.5, 3.0, 86_400.0))
             self._jumped = True
             self.clock.jump_wall(seconds)
             self.watch.note("clock", seconds)
 
     async def _damage_disk(self) -> None:
-        while True:
-            await self._pause(self.profile.damage_every_s)
+        while await self._pause(self.profile.damage_every_s):
             if self.host.node is None:
                 continue
             damage = self.rng.choice((self._flip_payload, self._flip_anywhere, self._misdirect))
@@ -375,15 +378,20 @@ class Scenario:
                 client = self._make_client(remote=remote, namespace=namespace)
                 keys = [s.key for s in self.checker.known() if s.namespace == namespace]
                 for first in range(0, len(keys), 8):
-                    results = await client.get_batch(
-                        keys[first : first + 8], timeout_s=CALM_TIMEOUT_S
-                    )
-                    late = (Lookup.TIMEOUT, Lookup.OVERLOADED)
-                    if any(result in late for result in results):
-                        raise HistoryViolation(f"{when}: a quiet node answered {results}")
+                    await self._look_at(client, keys[first : first + 8], when)
                 for _ in range(2):
                     await client.exists()
                 client.pool.close()
+
+    async def _look_at(self, client: Client, keys: list[bytes], when: str) -> None:
+        """Get keys; alone, no key may be put off by a node that has nothing else to do."""
+        later = (Lookup.TIMEOUT, Lookup.OVERLOADED)
+        results = await client.get_batch(keys, timeout_s=CALM_TIMEOUT_S)
+        for key, result in zip(keys, results, strict=True):
+            if result in later:
+                (alone,) = await client.get_batch([key], timeout_s=CALM_TIMEOUT_S)
+                if alone in later:
+                    raise HistoryViolation(f"{when}: a quiet node answered {alone.name}")
 
     async def _show_progress(self) -> None:
         """New shards are stored, found and flushed again."""

@@ -129,7 +129,8 @@ class DeviceWatch:
         self._shards: dict[ShardId, dict[int, _Copies]] = {}
         self._by_place: dict[Place, tuple[ShardId, int]] = {}
         self._segments: dict[int, dict[Place, None]] = {}
-        self._reclaimed_ns: dict[ShardId, int] = {}
+        self._reclaimed: dict[ShardId, tuple[int, int]] = {}
+        """When the last copy of which birth was reclaimed."""
         self._fault_ns: dict[ShardId, int] = {}
         self._damaged: dict[Place, None] = {}
         self._damaged_segments: dict[int, None] = {}
@@ -164,15 +165,17 @@ class DeviceWatch:
 
     def loss_of(self, shard: ShardId, since_ns: int) -> Loss:
         """See LossOracle."""
-        births = self._shards.get(shard, {})
-        copies = births[max(births)] if births else _Copies()
         if self._fault_ns.get(shard, -1) >= since_ns:
             return Loss.FAULT
-        if copies.places and all(map(self._is_damaged, copies.places)):
+        births = list(self._shards.get(shard, {}).values())
+        for copies in births:
+            if copies.places and all(map(self._is_damaged, copies.places)):
+                return Loss.FAULT
+            if not copies.places and copies.failed:
+                return Loss.FAULT
+        if self._given_up and not (births and births[-1].places):
             return Loss.FAULT
-        if not copies.places and (copies.failed or self._given_up):
-            return Loss.FAULT
-        if not copies.places and self._reclaimed_ns.get(shard, -1) >= since_ns:
+        if self._reclaimed.get(shard, (-1, 0))[0] >= since_ns:
             return Loss.RECLAIMED
         return Loss.NONE
 
@@ -328,6 +331,8 @@ class DeviceWatch:
             copies = self._shards.setdefault(shard, {}).setdefault(birth, _Copies())
             copies.failed = False
             copies.places[place] = None
+            if self._reclaimed.get(shard, (0, 0))[1] == birth:
+                del self._reclaimed[shard]  # a survivor after all
             self._by_place[place] = (shard, birth)
             self._segments.setdefault(event.segment, {})[place] = None
 
@@ -344,25 +349,26 @@ class DeviceWatch:
         self.reclaims += 1
         if not self.expected.reclaim:
             raise HistoryViolation(f"segment {segment} is reclaimed without any pressure")
-        for shard in self._forget_segment(segment):
-            self._reclaimed_ns[shard] = now_ns
+        for shard, birth in self._forget_segment(segment):
+            self._reclaimed[shard] = (now_ns, birth)
 
     def _lose_segment(self, segment: int, now_ns: int) -> None:
         self.faults_seen += 1
         if not (self.expected.read_faults or self.expected.write_faults):
             raise HistoryViolation(f"segment {segment} was lost on a healthy disk")
-        for shard in self._forget_segment(segment):
+        for shard, _ in self._forget_segment(segment):
             self._fault_ns[shard] = now_ns
 
-    def _forget_segment(self, segment: int) -> list[ShardId]:
-        gone: list[ShardId] = []
+    def _forget_segment(self, segment: int) -> list[tuple[ShardId, int]]:
+        gone: list[tuple[ShardId, int]] = []
         self._damaged_segments.pop(segment, None)
         for place in self._segments.pop(segment, {}):
             shard, birth = self._by_place.pop(place)
             self._damaged.pop(place, None)
             copies = self._shards[shard][birth]
             copies.places.pop(place, None)
-            gone.append(shard)
+            if not copies.places and birth == max(self._shards[shard]):
+                gone.append((shard, birth))
         return gone
 
 
