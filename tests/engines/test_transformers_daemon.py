@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import time
 from typing import TYPE_CHECKING, Any
@@ -61,9 +63,11 @@ def plain(model: Any, ids: list[int]) -> list[int]:
     return answer
 
 
-def run_turn(model: Any, address: str, ids: list[int]) -> tuple[Any, list[int]]:
+def run_turn(
+    model: Any, address: str, ids: list[int], *, shm: str = "auto"
+) -> tuple[Any, list[int]]:
     """One turn over a fresh connection, made durable; returns it and its reference's tokens."""
-    with connect(address) as store, session_of(model, store) as session:
+    with connect(address, shm=shm) as store, session_of(model, store) as session:
         generation = session.generate(ids, **GREEDY)
         assert session.wait(30)
         assert session.offload_stats.failed_chunks == 0
@@ -99,6 +103,15 @@ def test_another_process_of_the_same_model_finds_the_context(model: Any, node: D
     assert again.new_tokens == reference
     other, _ = run_turn(tiny_llama(seed=7), address, PROMPT)
     assert other.stats.matched_tokens == 0, "other weights, other keys"
+
+
+def test_over_tcp_as_over_shared_memory(model: Any, node: DemoNode) -> None:
+    address = node.start()
+    run_turn(model, address, PROMPT, shm="off")
+    for shm in ("off", "require"):
+        generation, reference = run_turn(model, address, PROMPT, shm=shm)
+        assert generation.stats.rehydrated_tokens == 6 * CHUNK_TOKENS
+        assert generation.new_tokens == reference
 
 
 def test_a_shared_prefix_is_a_partial_hit(model: Any, node: DemoNode) -> None:
@@ -199,6 +212,26 @@ def test_a_daemon_that_dies_and_returns_under_a_session(model: Any, tmp_path: Pa
                 assert time.monotonic() < until, "the session did not find its daemon again"
     finally:
         node.stop()
+
+
+def test_a_stopped_daemon_delays_a_call_by_its_deadline_at_most(model: Any, node: DemoNode) -> None:
+    address = node.start()
+    expected = run_turn(model, address, PROMPT)[0].new_tokens
+    with (
+        connect(address) as store,
+        session_of(model, store, load_timeout_s=1.0, offload_timeout_s=1.0) as session,
+    ):
+        assert session.generate(PROMPT, **GREEDY).stats.rehydrated_tokens == 6 * CHUNK_TOKENS
+        session.wait(30)
+        os.kill(node.pid, signal.SIGSTOP)
+        try:
+            stopped = session.generate(PROMPT, **GREEDY)
+        finally:
+            os.kill(node.pid, signal.SIGCONT)
+        assert stopped.new_tokens == expected
+        assert stopped.stats.rehydrated_tokens == 0
+        assert stopped.stats.load_s < 3
+        assert session.wait(30)
 
 
 def _three_ports() -> int:

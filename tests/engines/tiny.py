@@ -32,6 +32,8 @@ def tiny_llama(*, seed: int = 0, dtype: str = "float32", **changes: Any) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    # So small a model gains nothing from threads, and loses much where cores are shared.
+    torch.set_num_threads(1)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**{**SMALL, **changes}))

@@ -44,7 +44,9 @@ directory (540 MB). Nothing is downloaded while the demo runs.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `ctxstore demo`."""
+    """Declare the options of `ctxstore demo`, and the texts of its help."""
+    parser.description = DESCRIPTION
+    parser.epilog = EPILOG
     parser.add_argument(
         "--model",
         choices=[model.value for model in DemoModel],

@@ -96,7 +96,7 @@ def _run_turn(
             stdout=subprocess.PIPE,
             text=True,
             timeout=TURN_TIMEOUT_S,
-            env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"},
+            env={**os.environ, "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"},
             check=False,
         )
     except subprocess.TimeoutExpired as error:

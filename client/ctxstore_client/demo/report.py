@@ -114,7 +114,7 @@ def _table(result: DemoResult) -> str:
                 f"{reply.rehydrated_tokens}",
                 f"{reply.ttft_without_s:.3f} s",
                 f"{reply.ttft_with_s:.3f} s",
-                f"{reply.ttft_without_s / max(reply.ttft_with_s, 1e-9):.1f}x",
+                _factor(turn),
                 "yes" if reply.identical else "NO",
             )
         )
@@ -122,6 +122,14 @@ def _table(result: DemoResult) -> str:
     return "\n".join(
         "".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
     )
+
+
+def _factor(turn: TurnOutcome) -> str:
+    """How much sooner the first token came; nothing where nothing was loaded."""
+    reply = turn.reply
+    if not reply.rehydrated_tokens:
+        return "-"
+    return f"{reply.ttft_without_s / max(reply.ttft_with_s, 1e-9):.1f}x"
 
 
 def _conclusion(result: DemoResult) -> str:

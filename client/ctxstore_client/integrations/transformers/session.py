@@ -8,12 +8,12 @@ time and never a generation. Must not know cell geometry (grid) or how chunks ar
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from ctxstore.keys import PrefixChain
+from ctxstore_client.discovery import environment_secret
 from ctxstore_client.integrations.transformers.cache import (
     cache_from_layers,
     cached_tokens,
@@ -129,7 +129,7 @@ class ContextSession:
             model_id=model_id or "",
         )
         self._grid = ChunkGrid.from_layout(self._layout)
-        self._secret = secret if secret is not None else os.environ.get("CTXSTORE_SECRET", "")
+        self._secret = secret if secret is not None else environment_secret()
         self._loader = Loader(
             store, self._grid, geometry=geometry, device=model.device, timeout_s=load_timeout_s
         )
