@@ -254,7 +254,7 @@ class LimitsConfig:
         ),
     )
     connections_max: int = field(
-        default=512,
+        default=4096,
         metadata=about(
             ValueKind.COUNT, "Control and data connections together.", low=2, high=100_000
         ),

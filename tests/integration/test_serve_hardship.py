@@ -55,7 +55,6 @@ COMMITTED = wire.PutResult.COMMITTED
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     # One daemon for the whole module: it has to outlive everything that is done to it here.
     arguments = ["--set", "limits.lease_s_max=0.6", "--set", "limits.lease_check_s=0.1"]
-    arguments += ["--set", "limits.connections_max=1200"]
     directory = tmp_path_factory.mktemp("hardship") / "data"
     with daemon_process(directory, arguments=arguments) as running:
         yield running
@@ -187,6 +186,14 @@ def test_silent_connections_are_ended(daemon: DaemonProcess) -> None:
         with bare:
             assert bare.recv(1) == b""
     assert time.monotonic() - began > limits.HELLO_TIMEOUT_S - 1
+
+
+def test_a_crowd_of_silent_connections_keeps_nobody_out(daemon: DaemonProcess) -> None:
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(daemon.connect()) for _ in range(300)]
+        with connect_tcp(daemon) as client:
+            assert client.ask(wire.Ping(client.rid()), wire.CountReply).count == 0
+        assert silent[0].recv(1) == b"", "the oldest had to go"
 
 
 def test_a_role_at_the_wrong_port_is_refused(daemon: DaemonProcess) -> None:

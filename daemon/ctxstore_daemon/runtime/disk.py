@@ -138,10 +138,12 @@ class RealFile:
 class RealDisk:
     """`Disk` on one directory. Close every file, then call `close` once."""
 
-    def __init__(self, directory: Path, *, threads: int = DISK_THREADS) -> None:
+    def __init__(
+        self, directory: Path, *, threads: int = DISK_THREADS, direct: bool = True
+    ) -> None:
         self._path = directory
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ctxstore-disk")
-        self._direct_refused = False
+        self._direct_refused = not direct
 
     async def open(self, name: str, *, create: bool = False, direct: bool = True) -> RealFile:
         """See `Disk.open`. Where the file system has no O_DIRECT the file is opened without."""

@@ -30,7 +30,7 @@ BACKLOG: Final = 1024
 """Connections the kernel holds for us; a cluster that restarts connects all at once."""
 
 GREETINGS_MAX: Final = 256
-"""Connections that have not said hello yet; one more is closed at once."""
+"""Connections that have not said hello yet; one more ends the oldest of them."""
 
 READ_BYTES: Final = 16 * 1024
 HIGH_WATER_BYTES: Final = limits.MIB
@@ -153,7 +153,7 @@ class Listener:
         self._local = bound.family == socket.AF_UNIX
         bound.setblocking(False)
         bound.listen(BACKLOG)
-        self._greetings = 0
+        self._greetings: dict[asyncio.Task[None], None] = {}
 
     async def run(self) -> None:
         """Accept until cancelled."""
@@ -167,11 +167,14 @@ class Listener:
                         _log.error("accept_failed", error=str(error))
                         await asyncio.sleep(ACCEPT_PAUSE_S)
                         continue
-                    if self._greetings >= GREETINGS_MAX:
-                        accepted.close()
-                        continue
-                    self._greetings += 1
-                    tasks.create_task(self._greet(accepted))
+                    if len(self._greetings) >= GREETINGS_MAX:
+                        # Whoever is silent longest, else silent ones would keep all others out.
+                        oldest = next(iter(self._greetings))
+                        del self._greetings[oldest]
+                        oldest.cancel()
+                    greeting = tasks.create_task(self._greet(accepted))
+                    self._greetings[greeting] = None
+                    greeting.add_done_callback(lambda done: self._greetings.pop(done, None))
         finally:
             self._socket.close()
 
@@ -191,7 +194,6 @@ class Listener:
         except (OSError, TimeoutError) as error:
             _log.debug("greeting_broke", error=str(error) or type(error).__name__)
         finally:
-            self._greetings -= 1
             if not handed_on:
                 greeting.abandon()
                 accepted.close()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import uvloop
 
 from ctxstore import __version__
-from ctxstore.config import describe
+from ctxstore.config import DirectIO, describe
 from ctxstore.errors import ConfigError, CtxStoreError, StorageError
 from ctxstore.wire import messages as wire
 from ctxstore_daemon.node import Node, Seams
@@ -53,6 +53,7 @@ POPULATE_RETRY_S: Final = 5.0
 """Pause after a shortage of pages before the arena tries to grow again."""
 
 DATA_JOIN_S: Final = 5.0
+FAREWELL_S_MAX: Final = 2.0
 
 _log = event_log(__name__)
 
@@ -100,7 +101,11 @@ class _Daemon:
         stack.callback(self._arena.close)
         self._mover = ThreadMover(max(2, min(MOVER_THREADS_MAX, host.processors() // 4)))
         stack.callback(self._mover.close)
-        self._disk = RealDisk(directory, threads=config.disk.io_threads)
+        self._disk = RealDisk(
+            directory,
+            threads=config.disk.io_threads,
+            direct=config.disk.direct_io is not DirectIO.OFF,
+        )
         stack.callback(self._disk.close)
         self._staging = StagingPool()
         stack.callback(self._staging.close)
@@ -139,7 +144,8 @@ class _Daemon:
                 huge_bytes=self._huge_bytes,
             )
             try:
-                await self._serve()
+                if not self._stop.is_set():
+                    await self._serve()
             finally:
                 await self._shut_down()
         finally:
@@ -205,7 +211,10 @@ class _Daemon:
             stream = next(iter(self._streams.values()))
             await loop.run_in_executor(self._populate, stream.join, DATA_JOIN_S)
             await asyncio.sleep(0)  # the thread's last event runs on this loop
-        await asyncio.sleep(0)
+        # Clients read their last words, and their staging is returned.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_S_MAX):
+                await self._node.server.wait_empty()
 
     def _signalled(self, number: int) -> None:
         _log.info("signal", signal=signal.Signals(number).name)

@@ -6,6 +6,7 @@ Owns what a client may ask and who may ask. It must not wait or move payload: by
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -81,6 +82,7 @@ class ServerState:
     """What the sessions of one node share. Changed on the loop's thread only."""
 
     __slots__ = (
+        "_empty",
         "accepting",
         "address_data",
         "clock",
@@ -123,6 +125,7 @@ class ServerState:
         self.connections_max = connections_max
         self.on_stats: Callable[[], str] = lambda: "{}"
         self.accepting = True
+        self._empty: asyncio.Event | None = None
         self.unix_path = ""
         self.address_data = ""
         self.next_conn = 1
@@ -166,6 +169,18 @@ class ServerState:
         del self.streams[conn]
         self.closed_total += 1
         self.executor.close_conn(conn)
+        self.note_gone()
+
+    async def wait_empty(self) -> None:
+        """Until no connection is open and all staging was returned; for the end of a node."""
+        self._empty = asyncio.Event()
+        self.note_gone()
+        await self._empty.wait()
+
+    def note_gone(self) -> None:
+        """A connection or its staging went."""
+        if self._empty is not None and not (self.open_connections or self.staging.used_bytes):
+            self._empty.set()
 
 
 class Greeting:
@@ -386,6 +401,7 @@ class ControlSession:
             return
         server.closed_total += 1
         server.executor.close_conn(self.conn, when_idle=self._return_staging)
+        server.note_gone()
 
     def deliver(self, message: wire.Reply) -> None:
         """Send a reply of the engine."""
@@ -453,8 +469,13 @@ class ControlSession:
         if self._staging is not None:
             staging, self._staging = self._staging, None
             size = len(staging.data)
-            budget = self._server.staging
-            staging.release(lambda: budget.give_back(size))
+            server = self._server
+
+            def returned() -> None:
+                server.staging.give_back(size)
+                server.note_gone()
+
+            staging.release(returned)
 
 
 class PlainConnection:
