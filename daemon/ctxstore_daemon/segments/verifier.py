@@ -134,7 +134,10 @@ async def _check_headers(
     disk: Disk, files: SegmentFiles, identity: Identity, view: MetaView, report: VerifyReport
 ) -> list[SegmentScan]:
     scans: list[SegmentScan] = []
-    for name in await disk.listdir():
+    names = await disk.listdir()
+    missing = (name for name in map(segment_name, sorted(view.generations)) if name not in names)
+    report.notes += [f"{name} is not there; it may have had no data yet" for name in missing]
+    for name in names:
         segment = segment_of(name)
         if segment is None:
             continue
@@ -150,6 +153,10 @@ async def _check_headers(
                     limit=limit,
                 )
                 _judge_scan(scan, name, view, report)
+                if scan.finding is Finding.DATA and scan.file_bytes < identity.segment_bytes:
+                    # A file gets its full size before its first data: no crash leaves this.
+                    cut = f"cut to {scan.file_bytes} of {identity.segment_bytes} bytes"
+                    report.damages.append(Damage(DamageKind.SEGMENT, name, cut))
                 if scan.finding is Finding.DATA and scan.footer_used:
                     walked = _like(scan)
                     await walk_groups(file, walked, identity=identity, limit=limit)
@@ -180,8 +187,6 @@ def _judge_scan(scan: SegmentScan, name: str, view: MetaView, report: VerifyRepo
             report.notes.append(f"{name} holds nothing: {scan.reason}")
     if scan.finding is Finding.DATA and scan.footer_damaged:
         report.damages.append(Damage(DamageKind.FOOTER, name, str(scan.footer_fault)))
-    if scan.finding is Finding.DATA and scan.file_bytes % PAGE_BYTES:
-        report.notes.append(f"{name} has {scan.file_bytes} bytes")
 
 
 def _judge_walk(scan: SegmentScan, walked: SegmentScan, name: str, report: VerifyReport) -> None:
