@@ -196,7 +196,7 @@ class DurabilityConfig:
         ),
     )
     group_shards_max: int = field(
-        default=32,
+        default=256,
         metadata=about(
             ValueKind.COUNT,
             "Shards in one group commit: one write, one fdatasync.",
