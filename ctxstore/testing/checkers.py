@@ -197,7 +197,7 @@ class HistoryChecker:
             return
         low = _expiry_low(attempt.began_ns, attempt.ttl_ms)
         duty = state.duty
-        if duty is None:
+        if duty is None or duty.expires_low_ns <= now_ns:
             state.duty = DutyState(
                 attempt.level, attempt.began_ns, now_ns, None, low, attempt.began_ns
             )
@@ -247,7 +247,7 @@ class HistoryChecker:
             return
         self._raise_high(state, began_ns, now_ns, ttl_ms)
         duty = state.duty
-        if duty is not None and now_ns is not None:
+        if duty is not None and now_ns is not None and now_ns < duty.expires_low_ns:
             duty.expires_low_ns = max(duty.expires_low_ns, _expiry_low(began_ns, ttl_ms))
 
     def held(self, began_ns: int, shard: ShardId, *, ttl_ms: int) -> None:
