@@ -19,15 +19,20 @@ from ctxstore_daemon.segments.buffers import aligned_empty
 from ctxstore_daemon.segments.format import extent_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
     from ctxstore.seams import DiskFile, Mover
     from ctxstore_daemon.segments.files import SegmentFiles
 
+    _SlotOf = Callable[[int], npt.NDArray[np.uint8]]
+
 READS_IN_FLIGHT_MAX: Final = 16
 """Calls to the disk at once: twice the threads that serve them, so that none of them idles."""
+
+SCRATCH_READS_MAX: Final = 2
+"""Reads only to verify, at once: each has memory of its own, beside the node's memory cap."""
 
 _RUN_BYTES_MAX: Final = 4 * MIB
 _RUN_EXTENTS_MAX: Final = 64
@@ -52,15 +57,26 @@ class ExtentReader:
         self._mover = mover
         self._generation_of = generation_of
         self._gate = asyncio.Semaphore(READS_IN_FLIGHT_MAX)
+        self._scratch_gate = asyncio.Semaphore(SCRATCH_READS_MAX)
 
     async def read(self, order: ReadExtents, arena: npt.NDArray[np.uint8]) -> Statuses:
         """Fill the slots and verify them; a ReadStatus for each. Slots not OK have undefined bytes.
 
         When cancelled, a read may still be landing in the arena until the files are closed.
         """
+        return await self._read(order, lambda index: _slot(order, arena, index))
+
+    async def read_into(
+        self, order: ReadExtents, slots: Sequence[npt.NDArray[np.uint8]]
+    ) -> Statuses:
+        """The same into buffers of whole pages, one for each extent, instead of the arena."""
+        return await self._read(order, slots.__getitem__)
+
+    async def _read(self, order: ReadExtents, slot_of: _SlotOf) -> Statuses:
         statuses = np.full(len(order.segments), int(ReadStatus.FAILED), np.uint8)
         segments = order.segments.tolist()
         wanted = order.generations.tolist()
+        scratch = (order.slot_offsets < 0).tolist()
         usable = [
             index
             for index, segment in enumerate(segments)
@@ -68,14 +84,20 @@ class ExtentReader:
         ]
         async with asyncio.TaskGroup() as group:
             for run in _runs(order, usable):
-                group.create_task(self._read_run(order, arena, run, statuses))
+                gate = self._scratch_gate if scratch[run.items[0]] else self._gate
+                group.create_task(self._read_run(order, slot_of, run, gate, statuses))
         return statuses
 
     async def _read_run(
-        self, order: ReadExtents, arena: npt.NDArray[np.uint8], run: _Run, statuses: Statuses
+        self,
+        order: ReadExtents,
+        slot_of: _SlotOf,
+        run: _Run,
+        gate: asyncio.Semaphore,
+        statuses: Statuses,
     ) -> None:
-        async with self._gate:
-            slots = [_slot(order, arena, index) for index in run.items]
+        async with gate:
+            slots = [slot_of(index) for index in run.items]
             try:
                 async with self._files.with_file(run.segment) as file:
                     landed = await _fill(file, order, run, slots)

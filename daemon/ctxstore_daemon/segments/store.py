@@ -16,7 +16,7 @@ import numpy as np
 from ctxstore.errors import DeviceError, OutOfSpace, StorageError
 from ctxstore.limits import PAGE_BYTES
 from ctxstore_daemon.engine.events import GroupDone, ReadExtents, Statuses, WriteGroup
-from ctxstore_daemon.engine.records import MetaKind, RecordArray, Recovered
+from ctxstore_daemon.engine.records import MetaKind, RecordArray, RecordBatch, Recovered
 from ctxstore_daemon.segments.files import SegmentFiles, segment_name
 from ctxstore_daemon.segments.format import SegmentHeader
 from ctxstore_daemon.segments.metaformat import Horizon
@@ -34,6 +34,8 @@ from ctxstore_daemon.segments.writer import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
 
     from ctxstore.seams import ByteBuffer, Clock, Disk, Mover
@@ -113,20 +115,26 @@ class SegmentStore:
         Raises OutOfSpace (no segment can be opened, or the group is too large) or DeviceError (the
         segment is retired). Nothing of a failed group counts; it is never tried again here.
         """
-        plan = GroupPlan.of(order.batch)
-        payloads = payload_slices(arena, plan, order.slot_offsets)
+        payloads = payload_slices(arena, order.batch, order.slot_offsets)
+        return await self.append_group(
+            order.batch, payloads, group_id=order.group_id, seq=order.seq
+        )
+
+    async def append_group(
+        self, batch: RecordBatch, payloads: list[ByteBuffer], *, group_id: int, seq: int
+    ) -> GroupDone:
+        """`write_group` from buffers of whole pages: the extents of `batch`, in record order."""
+        plan = GroupPlan.of(batch)
         async with self._write_lock:
             try:
                 writer = await self._writer_for(plan)
-                pages = await self._append(writer, plan, payloads, seq=order.seq)
+                pages = await self._append(writer, plan, payloads, seq=seq)
             except StorageError:
                 self._state.groups_failed += 1
                 raise
             self._state.groups += 1
             self._state.group_bytes += plan.total_bytes
-            return GroupDone(
-                order.group_id, writer.state.segment, writer.state.generation, order.seq, pages
-            )
+            return GroupDone(group_id, writer.state.segment, writer.state.generation, seq, pages)
 
     async def _append(
         self,
@@ -288,6 +296,13 @@ class SegmentStore:
         """Read and verify extents; a ReadStatus each, in order. Raises nothing for disk faults."""
         self._state.extents_read += len(order.segments)
         return await self._reader.read(order, arena)
+
+    async def read_into(
+        self, order: ReadExtents, slots: Sequence[npt.NDArray[np.uint8]]
+    ) -> Statuses:
+        """`read_extents` into buffers of whole pages, one for each extent."""
+        self._state.extents_read += len(order.segments)
+        return await self._reader.read_into(order, slots)
 
     async def append_meta(self, records: RecordArray, sync: bool) -> None:
         """Append META_DTYPE records; with `sync` durable on return. See `MetaLog.append`."""

@@ -199,9 +199,10 @@ class SegmentWriter:
 
 
 def payload_slices(
-    arena: npt.NDArray[np.uint8], plan: GroupPlan, slot_offsets: npt.NDArray[np.int64]
+    arena: npt.NDArray[np.uint8], batch: RecordBatch, slot_offsets: npt.NDArray[np.int64]
 ) -> list[ByteBuffer]:
     """The extents' bytes, straight from the arena; neighbours in memory become one slice."""
+    plan = GroupPlan.of(batch)
     slices: list[ByteBuffer] = []
     begin = end = -1
     for offset, size in zip(slot_offsets.tolist(), plan.extents.tolist(), strict=True):
