@@ -251,7 +251,7 @@ class AsyncStore:
         return {"client": self._pool.snapshot(), "node": node}
 
     async def ping(self, *, timeout_s: float | None = None) -> float:
-        """Seconds of one round trip. Raises DeadlineExceeded, TransportError, or why the hello is refused."""
+        """Seconds of one round trip. Raises like `flush`, and why a hello is refused."""
         return await self._run(control.ping, timeout_s)
 
     # ------------------------------------------------------------ changes

@@ -368,6 +368,11 @@ class Pool:
         # Drivers wait in their own ways; neither lets Python poll before each call.
         link.sock.settimeout(0.0 if self._nonblocking else None)
         state.links.add(link)
+        # Connections to an earlier run of the daemon only keep its arena mapped.
+        for links in state.idle.values():
+            for other in [o for o in links if o.hello.boot_id != link.hello.boot_id]:
+                links.remove(other)
+                self._drop(state, other)
 
     def _find_route(self, state: PoolState, timeout_s: float) -> None:
         until = monotonic() + timeout_s

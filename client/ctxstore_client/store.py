@@ -196,7 +196,7 @@ class Store:
         return {"client": self._pool.snapshot(), "node": node}
 
     def ping(self, *, timeout_s: float | None = None) -> float:
-        """Seconds of one round trip. Raises DeadlineExceeded, TransportError, or why the hello is refused."""
+        """Seconds of one round trip. Raises like `flush`, and why a hello is refused."""
         return self._run(control.ping, timeout_s)
 
     # ------------------------------------------------------------ changes

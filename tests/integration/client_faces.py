@@ -1,7 +1,7 @@
 """Both faces of the client behind one set of coroutines, so that one suite tests all of them.
 
-Owns the four ways to a store: sync or asyncio, over shared memory or TCP. It must not add behaviour:
-what a face raises or returns passes through.
+Owns the four ways to a store: sync or asyncio, over shared memory or TCP. It must not add
+behaviour: what a face raises or returns passes through.
 """
 
 from __future__ import annotations

@@ -30,9 +30,7 @@ _spaces = itertools.count(1)
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    with daemon_process(
-        tmp_path_factory.mktemp("node"), memory="192MiB", disk="512MiB"
-    ) as process:
+    with daemon_process(tmp_path_factory.mktemp("node"), memory="192MiB", disk="512MiB") as process:
         yield process
 
 
@@ -122,9 +120,15 @@ async def test_every_kind_of_buffer(store: Any) -> None:
     assert await store.put(keys, sources) == [PutResult.COMMITTED] * 5
     back = np.zeros((32, 32), np.float32)
     words = array.array("Q", bytes(4096))
-    targets = [bytearray(4096), memoryview(bytearray(4096)), np.zeros(4096, np.int8), back, words]
+    targets: list[Any] = [
+        bytearray(4096),
+        memoryview(bytearray(4096)),
+        np.zeros(4096, np.int8),
+        back,
+        words,
+    ]
     assert await store.get_into(keys, targets) == [Lookup.HIT] * 5
-    assert bytes(targets[0]) == bytes(targets[1]) == targets[2].tobytes() == text
+    assert bytes(targets[0]) == bytes(targets[1]) == bytes(targets[2]) == text
     assert np.array_equal(back, floats)
     assert words == sources[4]
 

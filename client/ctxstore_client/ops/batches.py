@@ -56,6 +56,11 @@ def staged_sizes(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return (lengths + align - 1) // align * align
 
 
+def slot_sizes(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Bytes that shards take in a node's memory at least: what its shares are counted in."""
+    return (lengths + limits.PAGE_BYTES - 1) // limits.PAGE_BYTES * limits.PAGE_BYTES
+
+
 class RingState:
     """Room in a staging, handed out and taken back in the same order. Not thread-safe."""
 

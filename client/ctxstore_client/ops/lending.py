@@ -31,6 +31,9 @@ from ctxstore_client.ops.transfers import StagedSource
 if TYPE_CHECKING:
     from ctxstore.keys import KeyArray
 
+VIEW_KEYS_MAX: Final = 64
+"""Keys that share what a connection may lease, while a view over TCP does not know their lengths."""
+
 _FAILING: Final = (DeadlineExceeded, TransportError, Overloaded)
 
 
@@ -222,7 +225,9 @@ def _streamed_view(context: Context, link: Link, keys: KeyArray) -> Plan[Views]:
     capacities = np.full(len(keys), link.hello.shard_bytes_max, "<u4")
     views: list[memoryview | None] = [None] * len(keys)
     try:
-        yield from job.run(link, np.arange(len(keys)), capacities, statuses)
+        # Lengths are not known yet: a request asks for few enough that most nodes can hold them.
+        sizes = np.full(len(keys), link.hello.lease_bytes_max // VIEW_KEYS_MAX, np.int64)
+        yield from job.run(link, np.arange(len(keys)), capacities, statuses, sizes=sizes)
         yield from report_damage(context, job.damaged)
     except BaseException:
         # The link is closed by whoever lent it before these are filled by somebody else.

@@ -35,6 +35,7 @@ from ctxstore_client.ops.batches import (
     cut_by_bytes,
     cut_by_count,
     run_starts,
+    slot_sizes,
     spanning,
     staged_sizes,
 )
@@ -92,7 +93,7 @@ def shared_get(context: Context, link: Link, state: GetState) -> Plan[None]:
         refused = 0
         for piece in cut_by_bytes(
             todo,
-            state.sizes[todo],
+            slot_sizes(state.sizes[todo]),
             keys_max=min(GET_KEYS_MAX, link.hello.batch_keys_max),
             bytes_max=max(1, link.hello.lease_bytes_max // 2),
         ):

@@ -32,11 +32,12 @@ from ctxstore.wire.messages import (
     RESEND,
     WANTED,
     Lookup,
+    PutResult,
     Report,
     RowArray,
     error_from_failure,
 )
-from ctxstore_client.ops.batches import Indices, cut_by_bytes
+from ctxstore_client.ops.batches import Indices, cut_by_bytes, slot_sizes
 from ctxstore_client.ops.exchange import on_link, timeout_us
 from ctxstore_client.ops.requests import (
     ByteArray,
@@ -136,16 +137,37 @@ class StreamGet:
         indices: Indices,
         capacities: npt.NDArray[np.uint32],
         statuses: npt.NDArray[np.uint8],
+        *,
+        sizes: npt.NDArray[np.int64],
     ) -> Plan[None]:
-        """Get the keys at `indices`; `capacities` and `statuses` are of all keys."""
+        """Get the keys at `indices`; `capacities` and `statuses` are of all keys.
+
+        `sizes`: what each of `indices` takes of the node's memory, as far as is known.
+        """
+        while True:
+            yield from self._ask_all(link, indices, capacities, statuses, sizes=sizes)
+            refused = statuses[indices] == Lookup.OVERLOADED
+            # The share of a connection was the limit, not memory: it is free again now.
+            if not refused.any() or refused.all():
+                return
+            indices, sizes = indices[refused], sizes[refused]
+
+    def _ask_all(
+        self,
+        link: Link,
+        indices: Indices,
+        capacities: npt.NDArray[np.uint32],
+        statuses: npt.NDArray[np.uint8],
+        *,
+        sizes: npt.NDArray[np.int64],
+    ) -> Plan[None]:
         ahead: deque[_Asked] = deque()
-        pieces = cut_by_bytes(
+        for piece in cut_by_bytes(
             indices,
-            capacities[indices].astype(np.int64),
+            sizes,
             keys_max=min(PIECE_KEYS_MAX, link.hello.batch_keys_max),
             bytes_max=_piece_bytes(link),
-        )
-        for piece in pieces:
+        ):
             asked = _Asked(link.next_rid(), piece, capacities[piece])
             limit_us = timeout_us(self._context)
             frame = pack_get(
@@ -212,7 +234,8 @@ def stream_get(context: Context, link: Link, state: GetState, chosen: Indices) -
         return state.buffers[index][:length]
 
     job = StreamGet(context, state.keys, exact=state.exact, target_for=target_for)
-    yield from job.run(link, chosen, state.sizes.astype("<u4"), state.statuses)
+    sizes = slot_sizes(state.sizes[chosen])
+    yield from job.run(link, chosen, state.sizes.astype("<u4"), state.statuses, sizes=sizes)
     yield from report_damage(context, job.damaged)
 
 
@@ -233,13 +256,18 @@ def report_damage(context: Context, damaged: list[_Damaged]) -> Plan[None]:
 
 def stream_put(context: Context, link: Link, state: PutState, chosen: Indices) -> Plan[None]:
     """Offer the chosen shards, piece by piece, and send what is wanted."""
-    for piece in cut_by_bytes(
-        chosen,
-        state.lengths[chosen],
-        keys_max=min(PIECE_KEYS_MAX, link.hello.batch_keys_max),
-        bytes_max=_piece_bytes(link),
-    ):
-        yield from _put_piece(context, link, state, piece)
+    while True:
+        for piece in cut_by_bytes(
+            chosen,
+            slot_sizes(state.lengths[chosen]),
+            keys_max=min(PIECE_KEYS_MAX, link.hello.batch_keys_max),
+            bytes_max=_piece_bytes(link),
+        ):
+            yield from _put_piece(context, link, state, piece)
+        refused = chosen[state.results[chosen] == PutResult.OVERLOADED]
+        if not len(refused) or len(refused) == len(chosen):
+            return
+        chosen = refused
 
 
 def _put_piece(context: Context, link: Link, state: PutState, piece: Indices) -> Plan[None]:
