@@ -167,7 +167,8 @@ async def _check_headers(
         report.groups += len(np.unique(scan.group_seq))
         if scan.finding is Finding.DATA:
             scans.append(scan)
-    unknown = [segment_name(s.segment) for s in scans if s.segment not in view.generations]
+    known = view.generations
+    unknown = [segment_name(s.segment) for s in scans if s.generation > known.get(s.segment, 0)]
     if unknown:
         text = f"knows nothing of {unknown[0]}, which holds data: the next start drops all shards"
         report.damages.append(Damage(DamageKind.META_LOG, "meta-*.log", text))
