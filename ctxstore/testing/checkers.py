@@ -133,6 +133,8 @@ class _ShardState:
     removals: list[tuple[int, int]] = field(default_factory=list)
     """(began, ended) of acknowledged removals."""
     removals_open: int = 0
+    raising: list[int] = field(default_factory=list)
+    """Beginnings of puts and touches under way, which may raise the TTL of what is there."""
     raises: list[tuple[int, int]] = field(default_factory=list)
     """(latest moment, TTL) of everything that may have raised the TTL of what was there."""
     duty: DutyState | None = None
@@ -168,7 +170,9 @@ class HistoryChecker:
     ) -> AttemptState:
         """A client is about to put `payload_of(shard, version, length)`."""
         attempt = AttemptState(shard, version, length, ttl_ms, level, now_ns, ttl_ms_max=ttl_ms)
-        self._state(shard).attempts.append(attempt)
+        state = self._state(shard)
+        state.attempts.append(attempt)
+        state.raising.append(now_ns)
         return attempt
 
     def put_stored(self, now_ns: int, attempt: AttemptState) -> None:
@@ -178,6 +182,7 @@ class HistoryChecker:
         if attempt.ttl_ms:
             attempt.expires_high_ns = now_ns + attempt.ttl_ms * NS_PER_MS + TTL_SLACK_NS
         state = self._state(attempt.shard)
+        state.raising.remove(attempt.began_ns)
         for when_ns, ttl_ms in state.raises:
             if when_ns >= attempt.began_ns:
                 _raise_attempt(attempt, when_ns, ttl_ms)
@@ -192,6 +197,7 @@ class HistoryChecker:
         if sure:
             attempt.outcome = Outcome.DISCARDED
         state = self._state(attempt.shard)
+        state.raising.remove(attempt.began_ns)
         self._raise_high(state, attempt.began_ns, now_ns, attempt.ttl_ms)
         if not state.undisturbed_since(attempt.began_ns):
             return
@@ -207,13 +213,16 @@ class HistoryChecker:
 
     def put_discarded(self, now_ns: int, attempt: AttemptState) -> None:
         """OVERLOADED came back: surely not stored."""
+        self._state(attempt.shard).raising.remove(attempt.began_ns)
         attempt.ended_ns = now_ns
         attempt.outcome = Outcome.DISCARDED
 
     def put_unknown(self, now_ns: int, attempt: AttemptState) -> None:
         """No answer, or one that promises nothing: the bytes may turn up until the node dies."""
         del now_ns
-        self._raise_high(self._state(attempt.shard), attempt.began_ns, None, attempt.ttl_ms)
+        state = self._state(attempt.shard)
+        state.raising.remove(attempt.began_ns)
+        self._raise_high(state, attempt.began_ns, None, attempt.ttl_ms)
 
     def flushed(self, began_ns: int) -> None:
         """A flush that began then was acknowledged: what was owed before is durable now."""
@@ -240,9 +249,14 @@ class HistoryChecker:
             state.removals_open -= 1
             state.removals.append((began_ns, now_ns))
 
+    def touch_begins(self, now_ns: int, shard: ShardId) -> None:
+        """From now on the TTL may be raised."""
+        self._state(shard).raising.append(now_ns)
+
     def touched(self, began_ns: int, now_ns: int | None, shard: ShardId, *, ttl_ms: int) -> None:
         """The TTL was raised to `ttl_ms` from some moment between on; None: perhaps, some day."""
         state = self._state(shard)
+        state.raising.remove(began_ns)
         if not ttl_ms:
             return
         self._raise_high(state, began_ns, now_ns, ttl_ms)
@@ -260,6 +274,8 @@ class HistoryChecker:
         """The node stopped. `clean`: it wrote down everything before."""
         for state in self._shards.values():
             state.removals_open = 0
+            for began_ns in state.raising:  # of clients that died, or do not know yet
+                self._raise_high(state, began_ns, None, 0)
             for attempt in state.attempts:
                 if attempt.ended_ns is None:
                     attempt.ended_ns = now_ns
@@ -379,7 +395,9 @@ class HistoryChecker:
             return "which was answered as not stored"
         if attempt.began_ns > now_ns:
             return "which had not begun"
-        if attempt.expires_high_ns < began_ns:
+        if attempt.expires_high_ns < began_ns and not any(
+            raise_ns <= attempt.expires_high_ns for raise_ns in state.raising
+        ):
             late_ms = (began_ns - attempt.expires_high_ns) / NS_PER_MS
             return f"which had expired {late_ms:.0f} ms ago"
         if attempt.ended_ns is not None:

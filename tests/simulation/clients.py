@@ -448,6 +448,8 @@ class Client:
         rows = arguments.key_rows(keys)
         ttl_ms = self._rng.choice((0, 500, 5000))
         began = self.now_ns()
+        for key in keys:
+            self._checker.touch_begins(began, self.shard(key))
         mask, state = await self.operate(
             "touch", lambda c: control.masked(c, rows, control.touch_op(ttl_ms))
         )
@@ -456,8 +458,9 @@ class Client:
             shard = self.shard(key)
             if mask is None:
                 self._checker.touched(began, None, shard, ttl_ms=ttl_ms)
-            elif mask[position]:
-                self._checker.touched(began, now, shard, ttl_ms=ttl_ms)
+            else:
+                ttl = ttl_ms if mask[position] else 0
+                self._checker.touched(began, now, shard, ttl_ms=ttl)
         self._judge_mask(keys, mask, state, began)
 
     async def hold(self) -> None:
