@@ -20,7 +20,6 @@ from ctxstore_daemon.engine import events
 from ctxstore_daemon.engine.machine import Machine
 from ctxstore_daemon.engine.records import (
     META_DTYPE,
-    MetaKind,
     RecordBatch,
     Recovered,
     SegmentImage,
@@ -312,7 +311,7 @@ class FakeShell:
 
     def recovered(self) -> Recovered:
         images = []
-        top = self.machine.core.seq + 1
+        top = 0
         for number, segment in self.disk.items():
             if not segment.groups:
                 continue
@@ -322,6 +321,7 @@ class FakeShell:
                 b"".join(batch.inline for _, batch in segment.groups),
             )
             first, last = segment.groups[0][0], segment.groups[-1][0]
+            top = max(top, last, int(batch.records["birth"].max(initial=0)))
             images.append(
                 SegmentImage(
                     segment=number,
@@ -334,8 +334,7 @@ class FakeShell:
                 )
             )
         meta = np.concatenate(self.meta) if self.meta else np.zeros(0, META_DTYPE)
-        reserved = meta["seq"][meta["kind"] == MetaKind.SEQUENCE]
-        return Recovered(tuple(images), meta, max(top, int(reserved.max(initial=0))))
+        return Recovered(tuple(images), meta, max(top, int(meta["seq"].max(initial=0))) + 1)
 
     def restart(self, **changes) -> FakeShell:
         """A new node over the same disk."""

@@ -80,7 +80,9 @@ def _gather(core: Core, recovered: Recovered) -> CopiesState:
     if not images:
         records: RecordArray = np.zeros(0, RECORD_DTYPE)
     else:
-        records = np.concatenate([image.batch.records for image in images])
+        # As plain bytes: numpy joins structured arrays field by field, ten times slower.
+        parts = [np.ascontiguousarray(i.batch.records).view(np.uint8) for i in images]
+        records = np.concatenate(parts).view(RECORD_DTYPE)
     inline_at = np.full(len(records), -1, np.int64)
     blobs: list[bytes] = []
     start = blob_start = 0
@@ -176,15 +178,28 @@ def _newest_copies(copies: CopiesState) -> None:
     order = np.argsort(copies.group_seq, kind="stable")
     if not np.array_equal(order, np.arange(len(order))):
         copies.keep(order)
-    n = len(copies.records)
-    keys = np.ascontiguousarray(copies.records["key"]).view("V16").reshape(-1).tolist()
-    if np.any(copies.ns != copies.ns[:1]):
-        last = dict(zip(zip(copies.ns.tolist(), keys, strict=True), range(n), strict=True))
-        alive = list(last.values())
-    else:
-        alive = list(dict(zip(keys, range(n), strict=True)).values())
-    if len(alive) < n:
-        copies.keep(np.sort(np.array(alive, np.int64)))
+    near = _doubtful(copies)
+    if not len(near):
+        return
+    last: dict[tuple[int, int, bytes], int] = {}
+    alive = np.ones(len(copies.records), np.bool_)
+    for at, name in zip(near.tolist(), _names(copies.records[near]), strict=True):
+        older = last.get(name)
+        if older is not None:
+            alive[older] = False
+        last[name] = at
+    copies.keep(alive)
+
+
+def _doubtful(copies: CopiesState) -> Rows:
+    """Positions, ascending, of all copies whose key may occur more than once (a 64-bit mix does)."""
+    halves = np.ascontiguousarray(copies.records["key"]).view("<u8").reshape(-1, 2)
+    mix = halves[:, 0] * np.uint64(0x9E3779B97F4A7C15) ^ halves[:, 1]
+    mix += copies.ns
+    order = np.argsort(mix)
+    same = np.zeros(len(mix) + 1, np.bool_)
+    same[1:-1] = mix[order[1:]] == mix[order[:-1]]
+    return np.sort(order[same[1:] | same[:-1]])
 
 
 def _expiry(core: Core, copies: CopiesState, meta: RecordArray) -> npt.NDArray[np.int64]:
