@@ -32,6 +32,9 @@ META_BATCH_MAX: Final = 256
 
 RECYCLE_RETRY_S: Final = 1.0
 
+REPORT_AFTER_FULL_S: Final = 10.5
+"""A little more than the store waits before it asks a full file system for room again."""
+
 TIMER_SLACK_S: Final = 0.0005
 """Event loops round timers to milliseconds: a timer that fires early would only fire again."""
 
@@ -116,6 +119,7 @@ class Executor:
         self._ended = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ns = 0
+        self._report: asyncio.TimerHandle | None = None
         self._counts = (-1, -1)
         self._actions: dict[type, Callable[..., None]] = {
             events.Reply: self._reply,
@@ -181,8 +185,11 @@ class Executor:
         await self._appends.join()
         await self._groups.join()
 
-    def submit(self, event: events.Event) -> None:
-        """Have the machine handle an event and start what it orders."""
+    def submit(self, event: events.Event, now: Now | None = None) -> None:
+        """Have the machine handle an event and start what it orders.
+
+        `now` saves a reading of the clock where the caller has just made one.
+        """
         if self._over:
             return
         if self._handling:  # a sink called back: keep the order of events
@@ -190,7 +197,8 @@ class Executor:
             return
         self._handling = True
         try:
-            now = self._clock.now()
+            if now is None:
+                now = self._clock.now()
             self._handle(event, now)
             while self._waiting:
                 self._handle(self._waiting.popleft(), now)
@@ -333,6 +341,7 @@ class Executor:
                 done: events.Event = await self._store.write_group(instruction, self._arena)
             except OutOfSpace as error:
                 done = events.GroupFailed(instruction.group_id, full=True, reason=str(error))
+                self._report_later()
             except StorageError as error:
                 done = events.GroupFailed(instruction.group_id, full=False, reason=str(error))
             self._groups.task_done()
@@ -373,6 +382,18 @@ class Executor:
             for append in batch:
                 self._appends.task_done()
                 self.submit(events.MetaDone(append.meta_id, ok))
+
+    def _report_later(self) -> None:
+        """The store tries a full file system again after a while, of which no event tells."""
+        if self._report is None:
+            loop = asyncio.get_running_loop()
+            self._report = loop.call_later(REPORT_AFTER_FULL_S, self._report_again)
+
+    def _report_again(self) -> None:
+        self._report = None
+        self.report_segments()
+        if self._counts[0] == 0:
+            self._report_later()
 
     def report_segments(self) -> None:
         """Tell the machine how many segments are free, if that has changed."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -137,6 +138,9 @@ class _Daemon:
         try:
             await loop.run_in_executor(self._populate, self._populate_step)
             await self._node.start()
+            # What recovery made stays for the life of the process: no collection needs to look.
+            gc.collect()
+            gc.freeze()
             _log.info(
                 "arena",
                 bytes=self._arena.bytes_total,

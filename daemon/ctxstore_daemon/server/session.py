@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 import numpy as np
 
@@ -364,6 +364,7 @@ class ControlSession:
         staging = self._staging
         server.sessions[self._token] = self
         server.opened_total += 1
+        _log.debug("opened", conn=self.conn, client=hello.client, namespace=hello.namespace)
         server.executor.open_control(self.conn, self, staging.data if staging else None)
         server.executor.submit(events.ConnOpened(self.conn, self.namespace.index))
         return self._wire.send(
@@ -400,6 +401,7 @@ class ControlSession:
         if server.sessions.pop(self._token, None) is None:
             return
         server.closed_total += 1
+        _log.debug("closed", conn=self.conn)
         server.executor.close_conn(self.conn, when_idle=self._return_staging)
         server.note_gone()
 
@@ -436,20 +438,21 @@ class ControlSession:
         server = self._server
         kind = type(message)
         server.requests[kind] = server.requests.get(kind, 0) + 1
-        if isinstance(message, wire.Put):
-            self._check_put(message)
-        elif isinstance(message, wire.Ping):
+        if kind is wire.Put:
+            self._check_put(cast("wire.Put", message))
+        elif kind is wire.Ping:
             self.deliver(wire.CountReply(message.rid, 0))
             return
-        elif isinstance(message, wire.Stats):
+        elif kind is wire.Stats:
             self.deliver(wire.TextReply(message.rid, server.on_stats()))
             return
-        elif isinstance(message, wire.OneWay):
-            server.executor.submit(events.RequestArrived(self.conn, message, 0))
+        now = server.clock.now()
+        if isinstance(message, wire.OneWay):
+            server.executor.submit(events.RequestArrived(self.conn, message, 0), now)
             return
-        assert not isinstance(message, wire.Reply | wire.Hello), "refused by the protocol core"
-        deadline_ns = server.clock.now().mono_ns + message.timeout_us * 1000
-        server.executor.submit(events.RequestArrived(self.conn, message, deadline_ns))
+        assert not isinstance(message, wire.Reply | wire.Hello | wire.Ping), "seen to above"
+        deadline_ns = now.mono_ns + message.timeout_us * 1000
+        server.executor.submit(events.RequestArrived(self.conn, message, deadline_ns), now)
 
     def _check_put(self, message: wire.Put) -> None:
         """Every range must lie inside this connection's staging."""
