@@ -50,6 +50,7 @@ from ctxstore_client.ops.requests import (
     Send,
     SendBuffers,
 )
+from ctxstore_client.ops.shared import UNDECIDED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -272,6 +273,8 @@ def stream_put(context: Context, link: Link, state: PutState, chosen: Indices) -
 
 def _put_piece(context: Context, link: Link, state: PutState, piece: Indices) -> Plan[None]:
     offer = state.request(link.next_rid(), timeout_us(context), piece, None)
+    # An earlier OVERLOADED says nothing of this offer: whatever ends it now, it may be stored.
+    state.results[piece] = UNDECIDED
     yield Send(link, pack_put(offer))
     verdicts = yield from _verdicts(link, offer.rid, len(piece), VerdictPhase.OFFER)
     wanted = np.flatnonzero(verdicts == WANTED)
