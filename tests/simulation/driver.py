@@ -275,6 +275,8 @@ class SimPool:
         await within(deadline, waiter)
 
     def _kind_for(self, purpose: Purpose) -> LinkKind:
+        if purpose is Purpose.STREAM:
+            return LinkKind.STREAM
         if self.shared:
             return LinkKind.WRITER if purpose is Purpose.WRITE else LinkKind.READER
         return LinkKind.CONTROL if purpose is Purpose.CONTROL else LinkKind.STREAM
