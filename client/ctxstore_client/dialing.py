@@ -15,6 +15,7 @@ from typing import Final
 
 from ctxstore import __version__, limits
 from ctxstore.errors import (
+    AuthenticationError,
     ClosedError,
     ConfigError,
     CtxStoreError,
@@ -106,7 +107,9 @@ class Dialer:
         kind = LinkKind.READER if share else LinkKind.CONTROL
         link = self._open(endpoint, _Wish(kind, shm=share), timeout_s)
         if share and link.arena is not None:
-            return Route(endpoint, True, link.hello.node_id, None, link)
+            return Route(
+                endpoint, True, link.hello.node_id, self._data_of(endpoint, link.hello), link
+            )
         if not by_unix and mode is not SharedMemory.OFF and link.hello.unix_path:
             shared = self._shared_route(link.hello, until - monotonic())
             if shared is not None:
@@ -127,7 +130,7 @@ class Dialer:
         except (TransportError, RemoteProtocolError):
             return None
         if link.hello.node_id == hello.node_id and link.arena is not None:
-            return Route(endpoint, True, hello.node_id, None, link)
+            return Route(endpoint, True, hello.node_id, self._data_of(endpoint, hello), link)
         link.close()
         return None
 
@@ -143,8 +146,6 @@ class Dialer:
         self, route: Route, kind: LinkKind, *, staging_bytes: int, timeout_s: float
     ) -> SocketLink:
         """One more connection on a route. Raises TransportError, DeadlineExceeded, ..."""
-        if kind is LinkKind.STREAM:
-            return self._open_stream(route, timeout_s)
         wish = _Wish(kind, shm=route.shared, staging_bytes=staging_bytes)
         link = self._open(route.control, wish, timeout_s)
         if link.hello.node_id != route.node_id or (route.shared and link.arena is None):
@@ -204,7 +205,8 @@ class Dialer:
             staging = StagingMap(fds[1], answer.staging_bytes)
         return self._arena_of(answer.boot_id, fds[0], answer.arena_bytes), staging
 
-    def _open_stream(self, route: Route, timeout_s: float) -> SocketLink:
+    def open_stream(self, route: Route, session: bytes, *, timeout_s: float) -> SocketLink:
+        """A data connection that joins a session. Raises like `open_link`."""
         if route.data is None:
             raise TransportError(f"{route.control} offers no data connections")
         until = monotonic() + timeout_s
@@ -212,12 +214,16 @@ class Dialer:
         try:
             wire = ControlConnection(Side.CLIENT)
             wish = _Wish(LinkKind.STREAM, shm=False)
-            hello = self._hello(wire, wish, route.anchor.hello.session)
+            hello = self._hello(wire, wish, session)
             answer = _exchange_hello(sock, wire, hello, [], until)
             if wire.take_rest_copy():
                 raise RemoteProtocolError("data before the first request of a data connection")
             if answer.node_id != route.node_id:
                 raise TransportError(f"another node answers at {route.control} now")
+        except AuthenticationError as error:
+            sock.close()
+            # The credentials were good for the control connection: its session has ended.
+            raise TransportError(f"data connection refused: {error}") from error
         except BaseException:
             sock.close()
             raise

@@ -331,17 +331,7 @@ class Pool:
             if isinstance(permit, Resolve):
                 self._find_route(state, limit_s)
                 return None
-            route = state.route
-            if route is None or not (route.shared or route.anchor.alive):
-                # The session that data connections join ended with its connection.
-                raise _StaleRoute("the node went away while connecting")
-            wanted = max(permit.staging_bytes, STAGING_BYTES)
-            link = self._dialer.open_link(
-                route,
-                permit.kind,
-                staging_bytes=wanted if permit.kind is LinkKind.WRITER else 0,
-                timeout_s=limit_s,
-            )
+            link = self._open(state, permit, limit_s)
         except BaseException as error:
             self._dial_failed(state, permit, error, limit_s)
             if isinstance(error, _StaleRoute) or self._is_worth_a_search(permit, error):
@@ -349,6 +339,9 @@ class Pool:
             if isinstance(error, DeadlineExceeded) and limit_s < timeout_s:
                 raise TransportError(f"the node does not answer: {error}") from error
             raise
+        return self._enter(state, link)
+
+    def _enter(self, state: PoolState, link: SocketLink) -> SocketLink:
         with state.lock:
             state.breaker.succeed()
             self.counters["connections"] += 1
@@ -357,6 +350,29 @@ class Pool:
                 self._drop(state, link)
                 raise ClosedError("the store was closed while connecting")
             return self._lend(state, link)
+
+    def _open(self, state: PoolState, permit: Permit, limit_s: float) -> SocketLink:
+        route = state.route
+        if route is None or not (route.shared or route.anchor.alive):
+            # The session that data connections join ended with its connection.
+            raise _StaleRoute("the node went away while connecting")
+        if permit.kind is LinkKind.STREAM:
+            session = self._session_of(state, route)
+            return self._dialer.open_stream(route, session, timeout_s=limit_s)
+        wanted = 0
+        if permit.kind is LinkKind.WRITER:
+            wanted = max(permit.staging_bytes, STAGING_BYTES)
+        return self._dialer.open_link(route, permit.kind, staging_bytes=wanted, timeout_s=limit_s)
+
+    def _session_of(self, state: PoolState, route: Route) -> bytes:
+        """The session that a data connection joins: of any control connection that is open."""
+        if not route.shared:
+            return route.anchor.hello.session
+        with state.lock:
+            for link in state.links:
+                if not link.streams and not link.closed:
+                    return link.hello.session
+        raise TransportError("no control connection is open")
 
     def _is_worth_a_search(self, permit: Permit, error: BaseException) -> bool:
         """Whether the node may be elsewhere by now: what was refused is a way found before."""
@@ -540,6 +556,8 @@ class Pool:
 
 
 def _kind_for(purpose: Purpose, route: Route) -> LinkKind:
+    if purpose is Purpose.STREAM:
+        return LinkKind.STREAM
     if route.shared:
         return LinkKind.WRITER if purpose is Purpose.WRITE else LinkKind.READER
     return LinkKind.CONTROL if purpose is Purpose.CONTROL else LinkKind.STREAM

@@ -65,6 +65,7 @@ class ScriptedNode:
         self.reported: list[bytes] = []
         self.shared = True
         self.grants_staging = True
+        self.staging_bytes = STAGING_BYTES
         self.batch_keys_max = limits.BATCH_KEYS_MAX
         self.lease_bytes_max = ARENA_BYTES
         self.next_lease = 1
@@ -184,7 +185,7 @@ class ScriptedNode:
         staging = None
         granted = 0
         if local and hello.staging_bytes and self.grants_staging:
-            granted = min(STAGING_BYTES, hello.staging_bytes)
+            granted = min(self.staging_bytes, hello.staging_bytes)
             staging_fd, staging = memory_file(granted)
             fds.append(staging_fd)
         frame = server.send(self._hello_ok(hello, local, granted))
@@ -282,7 +283,7 @@ class ScriptedNode:
         while server.hello_ok is None:
             for message in server.receive(sock.recv(1 << 16)):
                 assert isinstance(message, wire.Hello)
-                assert message.session == self.session
+                assert message.session == self.session, message
                 sock.sendall(server.send(self._hello_ok(message, False, 0)))
         while head := _exactly(sock, wired.DATA_HEADER_BYTES):
             header = wired.unpack_header(head)

@@ -194,12 +194,31 @@ def test_requests_respect_the_nodes_batch_limit(node: ScriptedNode) -> None:
         assert node.seen["Get"] == 3
 
 
-def test_without_staging_puts_are_overloaded(node: ScriptedNode) -> None:
+def test_without_staging_puts_take_the_sockets_way(node: ScriptedNode) -> None:
     node.grants_staging = False
     with connect(node.unix_url) as store:
         with pytest.raises(Overloaded), store.alloc([10]):
             pass
-        node.data = ("127.0.0.1", 1)
+        assert store.put([key(1)], [noise(5000)]) == [PutResult.COMMITTED]
+        assert node.payload(key(1)) == noise(5000)
+        assert store.get_into([key(1)], [bytearray(5000)]) == [Lookup.HIT]
+
+
+def test_what_does_not_fit_the_staging_takes_the_sockets_way(node: ScriptedNode) -> None:
+    node.staging_bytes = 64 * 1024
+    sizes = [5000, 200_000, 70_000]
+    keys = [key(number) for number in range(3)]
+    with connect(node.unix_url) as store:
+        assert store.put(keys, [noise(s) for s in sizes]) == [PutResult.COMMITTED] * 3
+        assert [node.payload(k) for k in keys] == [noise(s) for s in sizes]
+        assert node.seen["PUT"] == 1
+        assert store.put([key(9)], [noise(2 << 20)]) == [PutResult.REFUSED]
+
+
+def test_with_neither_staging_nor_data_port_puts_are_overloaded(node: ScriptedNode) -> None:
+    node.grants_staging = False
+    node.data = ("127.0.0.1", 1)
+    with connect(node.unix_url) as store:
         assert store.put([key(1)], [b"abc"]) == [PutResult.OVERLOADED]
 
 

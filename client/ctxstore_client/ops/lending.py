@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ctxstore.keys import KeyArray
 
 VIEW_KEYS_MAX: Final = 64
-"""Keys that share what a connection may lease, while a view over TCP does not know their lengths."""
+"""Keys that share what a connection may lease while a view over TCP knows no lengths."""
 
 _FAILING: Final = (DeadlineExceeded, TransportError, Overloaded)
 

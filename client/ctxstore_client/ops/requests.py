@@ -27,6 +27,8 @@ class Purpose(Enum):
     CONTROL = "control"
     READ = "read"
     WRITE = "write"
+    STREAM = "stream"
+    """A data connection, also where memory is shared."""
 
 
 class Arena(Protocol):

@@ -267,12 +267,15 @@ class _Sent(NamedTuple):
 
 
 def shared_put(context: Context, link: Link, state: PutState) -> Plan[None]:
-    """Copy all undecided shards into the staging, part by part, and put each part."""
+    """Copy undecided shards into the staging, part by part, and put each part.
+
+    What is larger than the staging that was granted stays undecided.
+    """
+    todo = state.refuse_above(link.hello.shard_bytes_max)
     staging = link.staging
     if staging is None:
-        state.results[state.undecided()] = PutResult.OVERLOADED
         return
-    todo = state.refuse_above(min(link.hello.shard_bytes_max, staging.size))
+    todo = todo[state.lengths[todo] <= staging.size]
     sizes = staged_sizes(state.lengths[todo])
     ring = RingState(staging.size)
     sent: deque[_Sent] = deque()

@@ -94,6 +94,8 @@ def put(
     def body(link: Link) -> Plan[None]:
         if not link.streams:
             yield from shared_put(context, link, state)
+            if len(state.undecided()):
+                yield from _put_without_staging(context, state)
             return
         todo = state.refuse_above(link.hello.shard_bytes_max)
         if len(set(key_list(keys))) < len(keys):
@@ -126,6 +128,17 @@ def put(
     except TransportError:
         _settle(state.results, PutResult.TIMEOUT if reached else PutResult.OVERLOADED)
     return [_RESULTS[result] for result in state.results.tolist()]
+
+
+def _put_without_staging(context: Context, state: PutState) -> Plan[None]:
+    """The socket's way for what no staging was granted for: all of it is lent to others now."""
+    try:
+        link: Link = yield Acquire(Purpose.STREAM)
+    except (TransportError, DeadlineExceeded):
+        # None of these was offered to the node yet.
+        state.results[state.undecided()] = PutResult.OVERLOADED
+        return
+    yield from with_link(context, link, stream_put(context, link, state, state.undecided()))
 
 
 class StagedSource:
