@@ -21,7 +21,7 @@ from tests.daemon_process import ROOT, DaemonProcess
 from tests.shards import first_difference, is_payload_of, payload_of, shard_key, shard_length
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 SETTLE_S: Final = 8.0
@@ -140,9 +140,16 @@ def _find(document: Any, name: str) -> Any:
             yield from _find(value, name)
 
 
-def until(condition: Any, *, what: str, timeout_s: float = SETTLE_S) -> None:
+def until(
+    condition: Callable[[], Any],
+    *,
+    what: str | Callable[[], str],
+    timeout_s: float = SETTLE_S,
+) -> None:
     """Wait for something that must come true."""
     end = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < end, f"after {timeout_s:.0f} s still not: {what}"
+        if time.monotonic() > end:
+            said = what if isinstance(what, str) else what()
+            raise AssertionError(f"after {timeout_s:.0f} s still not: {said}")
         time.sleep(0.02)
