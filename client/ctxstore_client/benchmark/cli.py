@@ -6,6 +6,7 @@ Owns what the user sees. It must not measure anything itself.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ctxstore_client
+from ctxstore.errors import CtxStoreError
 from ctxstore_client.benchmark import disk_paths, paths
 from ctxstore_client.benchmark.ceilings import DiskCeiling
 from ctxstore_client.benchmark.node import BenchNode, machine
@@ -66,9 +68,15 @@ def run(args: argparse.Namespace) -> int:
         latency_rounds=2 if args.quick else 5,
     )
     wanted = set(args.only or ROWS)
+    # Ended from outside, the daemon and the temporary directory must go too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="ctxstore-bench-", dir=args.dir) as name:
         report = _Report(as_json=args.json)
-        _measure(Path(name), wanted, effort, report)
+        try:
+            _measure(Path(name), wanted, effort, report)
+        except (CtxStoreError, RuntimeError, OSError) as error:
+            sys.stderr.write(f"ctxstore bench: {error}\n")
+            return 1
     report.finish()
     return 0
 

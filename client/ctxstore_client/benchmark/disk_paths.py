@@ -33,7 +33,7 @@ BYTES_PER_ENTRY_MAX = 260
 BATCH_BYTES = 32 * MIB
 READERS = 2
 SMALL_BYTES = 1040
-FILL_BATCH = 16384
+FILL_BATCH = 4096
 
 
 def nvme_read(
@@ -158,7 +158,7 @@ def _remote_passes(node: BenchNode, data: Dataset) -> tuple[Sample, Sample]:
 
 def restart_1m(directory: Path, effort: Effort, shards: int = RESTART_SHARDS) -> Row:
     """From spawning the process to ready, over a million small shards; memory per entry."""
-    options = ("--entries-max", str(2 * shards))
+    options = ("--set", f"limits.entries_max={2 * shards}")
     home = directory / "restart"
     home.mkdir()
     node = BenchNode(home, memory="1GiB", disk="8GiB", options=options)
