@@ -120,6 +120,10 @@ def test_unreadable_files_and_lost_records_are_damage() -> None:
             world.disk.flip_bit(name, 150)
         report = await _verify(world)
         assert any("no copy" in damage.detail for damage in report.damages)
+        for name in ("meta-000001.log", "meta-000001-mirror.log"):
+            world.disk.delete(name)
+        report = await _verify(world)
+        assert {damage.kind for damage in report.damages} == {DamageKind.META_LOG}
 
     run(scene())
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from ctxstore.seams import Disk, Mover
     from ctxstore_daemon.engine.records import RecordArray
 
+_DROPPED: Final = "removals may be lost, so the next start will drop all shards"
+
 _EXTENTS_AT_ONCE: Final = 64
 """Extents checked between two progress reports: at most a few segments' worth of scratch memory."""
 
@@ -123,8 +125,7 @@ async def _check_meta(disk: Disk, identity: Identity, report: VerifyReport) -> M
             Damage(
                 DamageKind.META_LOG,
                 "meta-*.log",
-                f"{found.lost} records are in no copy: removals may be among them, so the next "
-                "start will drop all shards",
+                f"{found.lost} records are in no copy: {_DROPPED}",
             )
         )
     return MetaView.of(found.records)
@@ -164,6 +165,9 @@ async def _check_headers(
         except StorageError as error:
             report.damages.append(Damage(DamageKind.UNREADABLE, name, str(error)))
             continue
+        if scan.last_seq and scan.generation > view.generations.get(segment, 0):
+            detail = f"no record names generation {scan.generation} of {name}: {_DROPPED}"
+            report.damages.append(Damage(DamageKind.META_LOG, "meta-*.log", detail))
         report.groups += len(np.unique(scan.group_seq))
         if scan.finding is Finding.DATA:
             scans.append(scan)

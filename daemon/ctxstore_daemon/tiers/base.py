@@ -34,14 +34,14 @@ Locations = npt.NDArray[np.void]
 """(n,) of LOCATION_DTYPE."""
 
 Pages = npt.NDArray[np.uint8]
-"""Whole 4 KiB pages at an aligned address; bytes after the payload are zero when written."""
+"""Whole 4 KiB pages at an aligned address; when written, zero after the payload."""
 
 
 class Tier(ABC):
     """Keeps shards until they are freed. Calls may overlap on one event loop.
 
-    A cancelled `write` may have taken effect: its space comes back only with the tier's end. Buffers
-    of a cancelled call must stay untouched until `close` has returned.
+    A cancelled `write` may have taken effect: its space comes back only with the tier's end.
+    Buffers of a cancelled call must stay untouched until `close` has returned.
     """
 
     @property
