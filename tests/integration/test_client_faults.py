@@ -402,6 +402,17 @@ def test_many_threads_share_a_store(daemon: DaemonProcess, shm: str) -> None:
     assert not wrong
 
 
+def test_many_stores_share_little_staging(daemon: DaemonProcess) -> None:
+    with contextlib.ExitStack() as stack:
+        stores = [stack.enter_context(connect(daemon.url, shm="require")) for _ in range(8)]
+        for store in stores:  # the first ones keep what staging there is
+            keys, payloads = shards(4, 500_000)
+            assert store.put(keys, payloads) == [PutResult.COMMITTED] * 4
+            buffers = [np.zeros(500_000, np.uint8) for _ in keys]
+            assert store.get_into(keys, buffers) == [Lookup.HIT] * 4
+            assert shows(keys, buffers)
+
+
 def test_gather_on_one_loop(daemon: DaemonProcess) -> None:
     async def one(store: Any, size: int) -> None:
         keys, payloads = shards(5, size)
