@@ -1,10 +1,13 @@
 """The engine against a model, over random requests, completions in any order, faults and crashes.
 
-Every step ends with the engine's own audit. The roomy engine never has to evict, so what it says can be
-compared with a dict; the tight one has to evict, wait and reclaim, and must keep its promises meanwhile.
+Every step ends with the engine's own audit. The roomy engine never has to evict, so what it says
+can be compared with a dict; the tight one has to evict, wait and reclaim, and must keep its
+promises meanwhile.
 """
 
 from __future__ import annotations
+
+from typing import Any, ClassVar
 
 import numpy as np
 from hypothesis import HealthCheck, settings
@@ -12,11 +15,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ctxstore import checksum
-from ctxstore.limits import PAGE_BYTES
+from ctxstore.limits import MIB
 from ctxstore.wire import messages as wire
 from ctxstore.wire.messages import WANTED, Durability, Lookup, PutResult
 from ctxstore_daemon.engine import events
-from tests.unit.engine_shell import MIB, MS, FakeShell, S, key, payload
+from tests.unit.engine_shell import MS, FakeShell, S, key, payload
 
 LENGTHS = (0, 300, 1024, 1025, 4096, 5000, 70_000, 300_000, 600_000, 1_100_000)
 KEYS = 24
@@ -34,7 +37,7 @@ def length_of(n: int) -> int:
 class EngineStory(RuleBasedStateMachine):
     """Instructions wait until a rule carries one out, so completions come in any order."""
 
-    options: dict = {}
+    options: ClassVar[dict[str, Any]] = {}
     strict = False
 
     @initialize()
@@ -362,9 +365,7 @@ class EngineStory(RuleBasedStateMachine):
                 count = len(shell.offers[conn, rid].lengths)
                 none = np.zeros(count, np.bool_)
                 inline = b"\0" * int(shell.offers[conn, rid].lengths.sum())
-                shell.event(
-                    events.PayloadDone(conn, rid, none, np.zeros(count, np.uint64), inline)
-                )
+                shell.event(events.PayloadDone(conn, rid, none, np.zeros(count, np.uint64), inline))
             self.offered = {}
             self.advance(1000)
         waiting = {at: ask for at, ask in self.asked.items() if at[0] in self.open.values()}
@@ -386,12 +387,12 @@ PUTS = ("put", "offer", "payload")
 
 
 class RoomyEngine(EngineStory):
-    options = {"arena_bytes": 34 * MIB, "disk_bytes": 64 * MIB, "segment_bytes": 8 * MIB}
+    options: ClassVar = {"arena_bytes": 34 * MIB, "disk_bytes": 64 * MIB, "segment_bytes": 8 * MIB}
     strict = True
 
 
 class TightEngine(EngineStory):
-    options = {
+    options: ClassVar = {
         "arena_bytes": 6 * MIB,
         "disk_bytes": 12 * MIB,
         "segment_bytes": 1536 * 1024,
@@ -402,7 +403,12 @@ class TightEngine(EngineStory):
 
 
 class DisklessEngine(EngineStory):
-    options = {"arena_bytes": 6 * MIB, "disk_bytes": 0, "shard_bytes_max": MIB, "entries_max": 16}
+    options: ClassVar = {
+        "arena_bytes": 6 * MIB,
+        "disk_bytes": 0,
+        "shard_bytes_max": MIB,
+        "entries_max": 16,
+    }
 
 
 FEW = settings(
@@ -418,4 +424,3 @@ for _story in (RoomyEngine, TightEngine, DisklessEngine):
 TestRoomyEngine = RoomyEngine.TestCase
 TestTightEngine = TightEngine.TestCase
 TestDisklessEngine = DisklessEngine.TestCase
-assert PAGE_BYTES == 4096

@@ -1,13 +1,15 @@
 """A shell for engine tests: carries out instructions in memory, so that whole stories can be told.
 
-Owns fake segments, staging and meta log, and switches for what should go wrong. It must not know how the
-engine decides: it checks only what any executor could (bytes, bounds, one answer per instruction).
+Owns fake segments, staging and meta log, and switches for what should go wrong. It must not know
+how the engine decides: it checks only what any executor could (bytes, bounds, one answer per
+instruction).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +44,7 @@ def payload(n: int, length: int) -> np.ndarray:
 
 
 def settings(**changes) -> EngineSettings:
-    base = {
+    base: dict[str, Any] = {
         "namespaces": (NS, OTHER),
         "arena_bytes": 34 * MIB,
         "entries_max": 10_000,
@@ -62,9 +64,11 @@ class Segment:
 
 
 class FakeShell:
-    """Runs a Machine. With `auto` every instruction is carried out at once, else `step` takes one."""
+    """Runs a Machine. With `auto` instructions are carried out at once, else `step` takes one."""
 
-    def __init__(self, *, recovered=None, grow=True, auto=True, disk=None, wall_ns=WALL0, **changes):
+    def __init__(
+        self, *, recovered=None, grow=True, auto=True, disk=None, wall_ns=WALL0, **changes
+    ):
         self.settings = settings(**changes)
         self.arena = np.zeros(self.settings.arena_bytes, np.uint8)
         self.machine = Machine(
@@ -75,7 +79,7 @@ class FakeShell:
         self.wall_ns = wall_ns
         self.auto = auto
         self.pending: deque[events.Instruction] = deque()
-        self.replies: dict[tuple[int, int], list] = {}
+        self.replies: dict[tuple[int, int], list[Any]] = {}
         self.offers: dict[tuple[int, int], events.OfferPut] = {}
         self.finished: dict[tuple[int, int], np.ndarray] = {}
         self.sends: dict[tuple[int, int], events.SendShards] = {}
@@ -209,7 +213,7 @@ class FakeShell:
             status = self.read_fault.get((segment, page), 0)
             if found is None or found.generation != generation:
                 status = int(events.ReadStatus.FAILED)
-            if not status:
+            elif not status:
                 data = found.pages[page][:length]
                 if slot >= 0:
                     self._fill(slot, size, data)
@@ -360,7 +364,7 @@ class FakeShell:
         self._rid += 1
         return self._rid
 
-    def request(self, message, conn: int = 1, timeout_s: float = 1.0) -> list:
+    def request(self, message, conn: int = 1, timeout_s: float = 1.0) -> list[Any]:
         """Send a control request; returns its replies so far."""
         deadline = self.now_ns + int(timeout_s * S)
         self.event(events.RequestArrived(conn, message, deadline))
@@ -399,7 +403,9 @@ class FakeShell:
         return replies[0].result_column.tolist() if replies else None
 
     def get(self, numbers, *, conn=1, timeout_s=1.0, check=True):
-        """Statuses, with every HIT's bytes compared; None while there is no answer. Keeps the lease."""
+        """Statuses, with every HIT's bytes compared; None while there is no answer. Keeps the
+        lease.
+        """
         message = wire.Get(self.rid(), 0, b"".join(map(key, numbers)))
         replies = self.request(message, conn, timeout_s)
         if not replies:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from ctxstore.errors import DeadlineExceeded, Overloaded, StorageError
+from ctxstore.limits import MIB
 from ctxstore.wire import messages as wire
 from ctxstore.wire.messages import Durability, Lookup, PutResult
 from ctxstore_daemon.engine import events
 from ctxstore_daemon.engine.records import MetaKind
-from tests.unit.engine_shell import MIB, FakeShell, S, key
+from tests.unit.engine_shell import FakeShell, S, key
 
 HIT, MISS = Lookup.HIT, Lookup.MISS
 COMMITTED, EXISTS = PutResult.COMMITTED, PutResult.EXISTS

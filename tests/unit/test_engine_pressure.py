@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ctxstore.limits import MIB
 from ctxstore.wire import messages as wire
 from ctxstore.wire.messages import Durability, Lookup, PutResult
 from ctxstore_daemon.engine import events
 from ctxstore_daemon.engine.settings import NamespaceSettings
-from tests.unit.engine_shell import MIB, MS, NS, OTHER, FakeShell, S, key
+from tests.unit.engine_shell import MS, NS, OTHER, FakeShell, S, key
 
 HIT, MISS = Lookup.HIT, Lookup.MISS
 COMMITTED, EXISTS = PutResult.COMMITTED, PutResult.EXISTS

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from ctxstore.limits import MIB
 from ctxstore.wire import messages as wire
 from ctxstore.wire.messages import Durability, Lookup, PutResult
 from ctxstore_daemon.engine import events
-from tests.unit.engine_shell import MIB, MS, FakeShell, S, key
+from tests.unit.engine_shell import MS, FakeShell, S, key
 
 HIT, MISS = Lookup.HIT, Lookup.MISS
 COMMITTED, EXISTS = PutResult.COMMITTED, PutResult.EXISTS

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from ctxstore import checksum
-from ctxstore.limits import PAGE_BYTES
+from ctxstore.limits import MIB, PAGE_BYTES
 from ctxstore.wire.messages import WANTED, Durability, Lookup, PutResult
 from ctxstore_daemon.engine import events
-from tests.unit.engine_shell import MIB, NS, FakeShell, S, key, payload
+from tests.unit.engine_shell import NS, FakeShell, S, key, payload
 
 HIT, MISS = Lookup.HIT, Lookup.MISS
 COMMITTED, EXISTS = PutResult.COMMITTED, PutResult.EXISTS

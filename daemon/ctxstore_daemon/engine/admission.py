@@ -1,7 +1,7 @@
 """Which shards may enter the nvme tier.
 
-Owns the decision for shards of `durability=memory`; a `group` put is written in any case. It must not
-queue or write anything.
+Owns the decision for shards of `durability=memory`; a `group` put is written in any case. It must
+not queue or write anything.
 """
 
 from __future__ import annotations

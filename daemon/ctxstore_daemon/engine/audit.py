@@ -40,8 +40,7 @@ def _slots(machine: Machine) -> list[str]:
             if core.slabs.owner_at[page]:
                 owned[page] = core.slabs.owner_at[page]
     expected = {
-        int(index.slot[row]): row
-        for row in np.flatnonzero(index.slot[: index.high]).tolist()
+        int(index.slot[row]): row for row in np.flatnonzero(index.slot[: index.high]).tolist()
     }
     expected |= {load.slot: row for row, load in machine.loads.loading.items()}
     return [] if owned == expected else [f"slots owned {owned}, expected {expected}"]
@@ -63,9 +62,7 @@ def _pins(machine: Machine) -> list[str]:
     if machine.writeback.group is not None:
         pins.update(slot for slot in machine.writeback.group.slots if slot)
     pins.update(machine.checks.pins())
-    found = {
-        page: int(core.slabs.pins[page]) for page in np.flatnonzero(core.slabs.pins).tolist()
-    }
+    found = {page: int(core.slabs.pins[page]) for page in np.flatnonzero(core.slabs.pins).tolist()}
     return [] if found == dict(pins) else [f"pins {found}, expected {dict(pins)}"]
 
 

@@ -1,7 +1,8 @@
 """Doubt about stored bytes: quarantine, reports of clients, and the scrub behind `verify`.
 
-Owns checks under way. A copy is only given up after this node has seen the damage itself; a quarantine names
-the place on disk, so that it holds after a restart. It must not serve anybody from what it checks.
+Owns checks under way. A copy is only given up after this node has seen the damage itself; a
+quarantine names the place on disk, so that it holds after a restart. It must not serve anybody from
+what it checks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What all parts of the engine share while one event is handled.
 
-Owns the present moment, the instructions so far, sequence numbers, counters, connections, deadlines, and the
-few changes of a row that touch several books at once (claim, publish, give up a slot, drop). It must
-not know requests: puts, gets, write-behind and reclaim stand on it and on each other's hooks.
+Owns the present moment, the instructions so far, sequence numbers, counters, connections,
+deadlines, and the few changes of a row that touch several books at once (claim, publish, give up a
+slot, drop). It must not know requests: puts, gets, write-behind and reclaim stand on it and on each
+other's hooks.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class Operation(ABC):
 
 
 class Core:
-    """Shared state of the engine's parts; each part changes its own books and calls the methods here."""
+    """Shared state of the engine's parts; each part changes its own books and calls the methods
+    here.
+    """
 
     def __init__(
         self,
@@ -257,7 +260,9 @@ class Core:
         self.room_changed = True
 
     def drop(self, row: int) -> None:
-        """Forget the row on every tier. Copies on disk stay there as garbage until they are reclaimed."""
+        """Forget the row on every tier. Copies on disk stay there as garbage until they are
+        reclaimed.
+        """
         for hook in self.on_drop:
             hook(row)
         self.give_up_slot(row)
@@ -267,7 +272,9 @@ class Core:
         self.room_changed = True
 
     def detach(self, row: int) -> None:
-        """A removed row whose first group is still under way: unseen from now on, dropped afterwards."""
+        """A removed row whose first group is still under way: unseen from now on, dropped
+        afterwards.
+        """
         self.index.detach(row)
 
     def is_detached(self, row: int) -> bool:

@@ -1,13 +1,14 @@
 """What goes into the engine (events) and what comes out (instructions).
 
-Owns the vocabulary between the pure `Machine` and the executor. Wire messages are used as they are: a
-request comes in as the message of the client and its answer leaves as the message to be sent.
+Owns the vocabulary between the pure `Machine` and the executor. Wire messages are used as they are:
+a request comes in as the message of the client and its answer leaves as the message to be sent.
 Offsets into the arena are bytes from its start; slots begin on 4 KiB pages and have whole pages.
 
-Inline shards (length ≤ INLINE_BYTES_MAX, zero included) never have a slot: they carry slot offset -1 and
-slot_bytes 0 in CopyIn and OfferPut, and their payloads come back in `inline` of CopyDone and
-PayloadDone. Every CopyIn, ReadExtents, WriteGroup, RecycleSegment and AppendMeta is answered exactly once,
-whatever happens to the connection meanwhile: the engine's I/O pins end only with the answer.
+Inline shards (length ≤ INLINE_BYTES_MAX, zero included) never have a slot: they carry slot offset
+-1 and slot_bytes 0 in CopyIn and OfferPut, and their payloads come back in `inline` of CopyDone and
+PayloadDone. Every CopyIn, ReadExtents, WriteGroup, RecycleSegment and AppendMeta is answered
+exactly once, whatever happens to the connection meanwhile: the engine's I/O pins end only with the
+answer.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class ReadStatus(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class ConnOpened:
-    """A control or data connection said hello. `ns` is the index of its namespace in the configuration."""
+    """A control or data connection said hello. `ns` is the index of its namespace in the
+    configuration.
+    """
 
     conn: int
     ns: int
@@ -50,14 +53,18 @@ class ConnOpened:
 
 @dataclass(frozen=True, slots=True)
 class ConnClosed:
-    """The connection is gone: leases end, puts whose bytes have not arrived are abandoned, I/O pins stay."""
+    """The connection is gone: leases end, puts whose bytes have not arrived are abandoned, I/O pins
+    stay.
+    """
 
     conn: int
 
 
 @dataclass(frozen=True, slots=True)
 class RequestArrived:
-    """A control request or one-way message (Release, Report; deadline unused). A Put's offsets point into the staging of this connection, bounds already checked."""
+    """A control request or one-way message (Release, Report; deadline unused). A Put's offsets
+    point into the staging of this connection, bounds already checked.
+    """
 
     conn: int
     message: wire.Request | wire.OneWay
@@ -78,7 +85,9 @@ class StreamGetArrived:
 
 @dataclass(frozen=True, slots=True)
 class StreamGetDone:
-    """The payloads have been handed to the kernel (or the connection died): pins of (conn, rid) end."""
+    """The payloads have been handed to the kernel (or the connection died): pins of (conn, rid)
+    end.
+    """
 
     conn: int
     rid: int
@@ -95,13 +104,14 @@ class StreamPutArrived:
 
 @dataclass(frozen=True, slots=True)
 class PayloadDone:
-    """Payloads of the wanted keys of put (conn, rid), in order: `ok` per key, `sums` as verified in the arena.
+    """Payloads of the wanted keys of put (conn, rid), in order: `ok` per key, `sums` as verified in
+    the arena.
 
-    A False entry never arrived whole or failed its checksum twice; its slot is given back. `inline` holds
-    the payloads of the wanted inline keys one after another, in order, `length` bytes each (any bytes for
-    those that are not ok). Exactly one PayloadDone follows an OfferPut with a WANTED verdict, with all ok
-    False when the connection died: until then the slots may still be written. An OfferPut without
-    WANTED is final: neither PayloadDone nor PutFinished follows.
+    A False entry never arrived whole or failed its checksum twice; its slot is given back. `inline`
+    holds the payloads of the wanted inline keys one after another, in order, `length` bytes each
+    (any bytes for those that are not ok). Exactly one PayloadDone follows an OfferPut with a WANTED
+    verdict, with all ok False when the connection died: until then the slots may still be written.
+    An OfferPut without WANTED is final: neither PayloadDone nor PutFinished follows.
     """
 
     conn: int
@@ -115,8 +125,8 @@ class PayloadDone:
 class CopyDone:
     """CopyIn finished; `sums` holds one checksum per item in order.
 
-    `inline` holds the payloads of the inline items one after another, in order, `length` bytes each; it is
-    the daemon's own copy, and the sums are taken from that copy.
+    `inline` holds the payloads of the inline items one after another, in order, `length` bytes
+    each; it is the daemon's own copy, and the sums are taken from that copy.
     """
 
     copy_id: int
@@ -134,7 +144,7 @@ class ReadsDone:
 
 @dataclass(frozen=True, slots=True)
 class GroupDone:
-    """The group is durable: item i stands in `segment` at `pages[i]`, written under sequence `seq`."""
+    """The group is durable: item i is in `segment` at `pages[i]`, written under sequence `seq`."""
 
     group_id: int
     segment: int
@@ -145,7 +155,9 @@ class GroupDone:
 
 @dataclass(frozen=True, slots=True)
 class GroupFailed:
-    """The group is not durable and never will be. `full`: no room on disk (True) or a device fault (False)."""
+    """The group is not durable and never will be. `full`: no room on disk (True) or a device fault
+    (False).
+    """
 
     group_id: int
     full: bool
@@ -154,7 +166,9 @@ class GroupFailed:
 
 @dataclass(frozen=True, slots=True)
 class SegmentsChanged:
-    """Free segments that can be opened, after open, seal, recycle or retirement; `usable` counts all but retired."""
+    """Free segments that can be opened, after open, seal, recycle or retirement; `usable` counts
+    all but retired.
+    """
 
     free: int
     usable: int
@@ -169,7 +183,7 @@ class SegmentRecycled:
 
 @dataclass(frozen=True, slots=True)
 class SegmentLost:
-    """A segment cannot be read any more (file deleted, device error on open): its copies are gone."""
+    """A segment cannot be read any more (deleted, device error on open): its copies are gone."""
 
     segment: int
     reason: str
@@ -185,7 +199,9 @@ class MetaDone:
 
 @dataclass(frozen=True, slots=True)
 class ArenaGrew:
-    """The arena's pages are populated up to this many bytes from its start; slots beyond may not be used."""
+    """The arena's pages are populated up to this many bytes from its start; slots beyond may not be
+    used.
+    """
 
     populated_bytes: int
 
@@ -235,7 +251,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class CloseConn:
-    """End the connection (its lease outlived lease_s_max, say); ConnClosed follows when it is gone."""
+    """End the connection (a lease outlived lease_s_max, say); ConnClosed follows when it is gone."""
 
     conn: int
     reason: str
@@ -247,8 +263,8 @@ class CopyIn:
 
     The staging mapping must stay alive until CopyDone, also when the connection closes meanwhile.
     Slot offset -1 (slot_bytes 0): an inline item, copied into bytes of its own and handed back in
-    `CopyDone.inline`. Staging offset -1: nothing is copied, the slot's bytes are only hashed again; such
-    a CopyIn is all of that kind and has conn -1.
+    `CopyDone.inline`. Staging offset -1: nothing is copied, the slot's bytes are only hashed again;
+    such a CopyIn is all of that kind and has conn -1.
     """
 
     copy_id: int
@@ -262,7 +278,8 @@ class CopyIn:
 
 @dataclass(frozen=True, slots=True)
 class ReadExtents:
-    """Read extents into slots and verify each against seed and checksum before anyone sees it; answer ReadsDone.
+    """Read extents into slots and verify each against seed and checksum before anyone sees it;
+    answer ReadsDone.
 
     `slot_offsets` of -1: verify only, into scratch memory of the executor (scrub).
     """
@@ -280,7 +297,8 @@ class ReadExtents:
 
 @dataclass(frozen=True, slots=True)
 class WriteGroup:
-    """Append one group: header, then the slots' bytes, one sync. Inline records have slot offset -1, bytes 0.
+    """Append one group: header, then the slots' bytes, one sync. Inline records have slot offset
+    -1, bytes 0.
 
     The slots are pinned by the engine until GroupDone or GroupFailed.
     """
@@ -294,14 +312,18 @@ class WriteGroup:
 
 @dataclass(frozen=True, slots=True)
 class RecycleSegment:
-    """Nothing in the index or in flight refers to the segment any more: make it free; answer SegmentRecycled."""
+    """Nothing in the index or in flight refers to the segment any more: make it free; answer
+    SegmentRecycled.
+    """
 
     segment: int
 
 
 @dataclass(frozen=True, slots=True)
 class AppendMeta:
-    """Append records (META_DTYPE) to the meta log; with `sync` answer only when durable. Answer MetaDone."""
+    """Append records (META_DTYPE) to the meta log; with `sync` answer only when durable. Answer
+    MetaDone.
+    """
 
     meta_id: int
     records: RecordArray
@@ -310,10 +332,12 @@ class AppendMeta:
 
 @dataclass(frozen=True, slots=True)
 class SendShards:
-    """Answer a StreamGet: entries (wire DATA_ENTRY_DTYPE, in key order); payload i of a HIT stands at
-    slot_offsets[i] in the arena, or at inline_offsets[i] in `inline` where slot_offsets[i] is -1.
+    """Answer a StreamGet: entries (wire DATA_ENTRY_DTYPE, in key order); payload i of a HIT stands
+    at slot_offsets[i] in the arena, or at inline_offsets[i] in `inline` where slot_offsets[i] is
+    -1.
 
-    All columns have one row per key (-1 where there is no payload). Exactly one StreamGetDone follows.
+    All columns have one row per key (-1 where there is no payload). Exactly one StreamGetDone
+    follows.
     """
 
     conn: int
@@ -326,11 +350,13 @@ class SendShards:
 
 @dataclass(frozen=True, slots=True)
 class OfferPut:
-    """Answer a StreamPut: verdict per key (PutResult, or WANTED) and, for wanted ones, where to receive.
+    """Answer a StreamPut: verdict per key (PutResult, or WANTED) and, for wanted ones, where to
+    receive.
 
-    The other columns have one row per WANTED key, in key order; slot offset -1 (slot_bytes 0) means an
-    inline shard, received into memory of its own and handed back in `PayloadDone.inline`. The receiver
-    zeroes the padding of a slot. Where a PutFinished follows, its results replace all these verdicts.
+    The other columns have one row per WANTED key, in key order; slot offset -1 (slot_bytes 0) means
+    an inline shard, received into memory of its own and handed back in `PayloadDone.inline`. The
+    receiver zeroes the padding of a slot. Where a PutFinished follows, its results replace all
+    these verdicts.
     """
 
     conn: int

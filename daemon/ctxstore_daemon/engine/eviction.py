@@ -1,8 +1,9 @@
 """Which shards leave memory first.
 
-Owns the queues of rows that are in memory, one set per slot class and priority: lower priorities always go
-first, and among what is due together the deeper chunk goes before its parent. It must not free
-anything: it names victims, and asks the caller whether a row may go now (pins, leases, unwritten data).
+Owns the queues of rows that are in memory, one set per slot class and priority: lower priorities
+always go first, and among what is due together the deeper chunk goes before its parent. It must not
+free anything: it names victims, and asks the caller whether a row may go now (pins, leases,
+unwritten data).
 """
 
 from __future__ import annotations
@@ -125,7 +126,9 @@ class QueueState:
 
 
 class EvictionPolicy(ABC):
-    """Order of eviction. Rows are inserted when they come to memory and discarded when they leave it."""
+    """Order of eviction. Rows are inserted when they come to memory and discarded when they leave
+    it.
+    """
 
     def __init__(self, index: IndexState) -> None:
         self.index = index
@@ -134,7 +137,7 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def insert(self, row: int, slot_class: int) -> None:
-        """The row is in memory now, in a slot of this class, with the priority that the index says."""
+        """The row is in memory now, in a slot of this class; its priority stands in the index."""
 
     @abstractmethod
     def touch(self, rows: Rows) -> None:
@@ -159,7 +162,7 @@ class EvictionPolicy(ABC):
         return queue
 
     def _deepest_first(self, due: list[int]) -> list[int]:
-        """Children before parents; of the same depth, what is cheaper to compute again goes first."""
+        """Children before parents; at the same depth, what is cheaper to recompute goes first."""
         depth, cost = self.index.depth_at, self.index.cost_s_at
         return sorted(due, key=lambda r: (-depth[r], 0.0 if cost[r] != cost[r] else cost[r]))
 
@@ -177,9 +180,9 @@ class _Level:
 class S3Fifo(EvictionPolicy):
     """S3-FIFO (Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023).
 
-    A tenth of the rows is on probation in a small queue; what is read twice there moves to the main queue,
-    what is not leaves and is remembered as a ghost; a ghost that comes back goes to the main queue at
-    once. The main queue gives each row as many further rounds as it was read, up to three.
+    A tenth of the rows is on probation in a small queue; what is read twice there moves to the main
+    queue, what is not leaves and is remembered as a ghost; a ghost that comes back goes to the main
+    queue at once. The main queue gives each row as many further rounds as it was read, up to three.
     """
 
     def __init__(self, index: IndexState) -> None:
@@ -232,7 +235,7 @@ class S3Fifo(EvictionPolicy):
         return chosen
 
     def _due(self, level: _Level, count: int, evictable: Evictable) -> list[int]:
-        """Next victims of one level, at most `count`; the others that were due stay first in line."""
+        """Next victims of one level, at most `count`; others that were due stay first in line."""
         due: list[int] = []
         origin: dict[int, QueueState] = {}
         scans = min(_SCAN_MAX, 4 * (level.small.count + level.main.count))

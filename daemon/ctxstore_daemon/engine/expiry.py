@@ -1,7 +1,7 @@
 """Expiry: shards leave by time.
 
-Owns the sweep over the index. Lookups never see an expired row, so the sweep only gives room back; it goes
-over a part of the rows at a time, by column, and must not take long in one event.
+Owns the sweep over the index. Lookups never see an expired row, so the sweep only gives room back;
+it goes over a part of the rows at a time, by column, and must not take long in one event.
 """
 
 from __future__ import annotations

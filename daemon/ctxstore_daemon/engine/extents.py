@@ -1,7 +1,7 @@
 """The nvme tier as the engine sees it: segments, their readers, and whether the disk works.
 
-Owns segment states, and the meaning of losing one copy on disk. It must not know the format or the file
-of a segment: `segments` does. Which row lives where stands in the index.
+Owns segment states, and the meaning of losing one copy on disk. It must not know the format or the
+file of a segment: `segments` does. Which row lives where stands in the index.
 """
 
 from __future__ import annotations

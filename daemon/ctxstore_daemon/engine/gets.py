@@ -1,7 +1,8 @@
 """Gets: from keys to leased slots (control connections) or pinned slots (data connections).
 
-Owns the answers to Get and StreamGet. What is in memory is answered at once by column; what is on nvme is
-promoted first, until the deadline. It must not read anything itself, and a get never changes what is stored.
+Owns the answers to Get and StreamGet. What is in memory is answered at once by column; what is on
+nvme is promoted first, until the deadline. It must not read anything itself, and a get never
+changes what is stored.
 """
 
 from __future__ import annotations
@@ -56,7 +57,13 @@ class GetOperation(LoadWaiter):
     __slots__ = ("answer", "gets", "reading", "stream", "waiting")
 
     def __init__(
-        self, gets: GetsState, *, conn: int, rid: int, deadline_ns: int, stream: bool,
+        self,
+        gets: GetsState,
+        *,
+        conn: int,
+        rid: int,
+        deadline_ns: int,
+        stream: bool,
         answer: AnswerState,
     ) -> None:
         super().__init__(conn, rid, deadline_ns)
@@ -122,8 +129,9 @@ class GetsState:
         if need is None:
             self._send(event.conn, event.rid, answer)
         else:
-            self._wait(event.conn, event.rid, event.deadline_ns, stream=True, answer=answer,
-                       need=need)
+            self._wait(
+                event.conn, event.rid, event.deadline_ns, stream=True, answer=answer, need=need
+            )
 
     def _look(
         self, conn: ConnState, rows: Rows, seen: BoolArray

@@ -1,7 +1,9 @@
-"""Holds, touches and removals: what users wish for shards by call, durable before it is acknowledged.
+"""Holds, touches and removals: what users wish for shards by call, durable before it is
+acknowledged.
 
-Owns which rows are held until when, their share of the tier, and the requests that wait for the meta log. A
-hold keeps a shard from eviction and reclaim; it does not outlive the shard's TTL or its removal.
+Owns which rows are held until when, their share of the tier, and the requests that wait for the
+meta log. A hold keeps a shard from eviction and reclaim; it does not outlive the shard's TTL or its
+removal.
 """
 
 from __future__ import annotations

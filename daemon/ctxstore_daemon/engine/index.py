@@ -1,8 +1,9 @@
 """The index of a node: key to row, and one column per property of a row.
 
-Owns one dict per namespace and the numpy columns that all rows share; batches are looked up into row arrays
-and worked on by column. It must not decide anything: what a change means for tiers, waiters and
-policies is said by its callers. Row 0 is never used and never visible: it stands for "no such key".
+Owns one dict per namespace and the numpy columns that all rows share; batches are looked up into
+row arrays and worked on by column. It must not decide anything: what a change means for tiers,
+waiters and policies is said by its callers. Row 0 is never used and never visible: it stands for
+"no such key".
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ _COLUMNS: Final[tuple[tuple[str, Any], ...]] = (
 class IndexState:
     """Rows and the way to them.
 
-    Each column is a numpy array for batches, and under the name with `_at` a memoryview of the same memory
-    for single rows (plain Python numbers, three times as fast). Arrays are replaced when the
+    Each column is a numpy array for batches, and under the name with `_at` a memoryview of the same
+    memory for single rows (plain Python numbers, three times as fast). Arrays are replaced when the
     index grows: never keep one over a call of `allocate`.
     """
 
@@ -200,7 +201,9 @@ class IndexState:
         self.flags_at[row] |= DETACHED
 
     def release(self, row: int) -> None:
-        """Forget the row (and its key, unless it was detached before). It must have no slot any more."""
+        """Forget the row (and its key, unless it was detached before). It must have no slot any
+        more.
+        """
         assert self.slot_at[row] == 0, "row still has a slot"
         if not self.flags_at[row] & DETACHED:
             found = self.maps[self.ns_at[row]].pop(self.key(row), 0)
@@ -221,7 +224,9 @@ class IndexState:
         self.flags_at[row] |= INLINE
 
     def load(self, *, ns: npt.NDArray[np.uint16], keys: npt.NDArray[np.uint8]) -> Rows:
-        """Bulk form of `allocate` for an empty index: rows 1..n in order, keys distinct per namespace."""
+        """Bulk form of `allocate` for an empty index: rows 1..n in order, keys distinct per
+        namespace.
+        """
         assert self.count == 0, "load into an index in use"
         n = len(keys)
         assert n <= self.entries_max, "more rows than entries_max"

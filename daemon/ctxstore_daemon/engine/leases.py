@@ -1,8 +1,8 @@
 """Leases: a client's right to mapped slots, from a get's reply to its release.
 
-Owns which lease keeps which slots, and the share of the arena that one connection may keep. It must not
-end a lease by itself while its connection lives: a mapped reader may still look at the slots, so a
-lease that is too old closes the connection, and its end frees them.
+Owns which lease keeps which slots, and the share of the arena that one connection may keep. It must
+not end a lease by itself while its connection lives: a mapped reader may still look at the slots,
+so a lease that is too old closes the connection, and its end frees them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LeaseState:
 
 
 class LeasesState:
-    """All leases in the order they were given, which is also the order in which they grow too old."""
+    """All leases in the order they were given, which is the order in which they grow too old."""
 
     def __init__(self, core: Core) -> None:
         self._core = core

@@ -1,7 +1,7 @@
 """Promotion: reading extents into slots, once for all who want them.
 
-Owns which rows are on their way from nvme to memory, who waits for each, and the queue of those for which
-there is no room yet. It must not answer requests: waiters are told row by row.
+Owns which rows are on their way from nvme to memory, who waits for each, and the queue of those for
+which there is no room yet. It must not answer requests: waiters are told row by row.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ class LoadsState:
 
     def on_reads_done(self, event: ReadsDone) -> None:
         """Bytes are in their slots and verified, or cannot be had."""
-        for load, status in zip(self.reads.pop(event.read_id), event.statuses.tolist(), strict=True):
+        loads = self.reads.pop(event.read_id)
+        for load, status in zip(loads, event.statuses.tolist(), strict=True):
             segment = self._extents.segments.get(load.segment)
             if segment is not None and segment.generation == load.generation:
                 segment.readers -= 1

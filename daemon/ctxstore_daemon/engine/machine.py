@@ -1,7 +1,8 @@
 """The node engine: events in, instructions out.
 
-Owns the wiring of the engine's parts and the order in which they act on one event. It never touches clock, disk,
-socket or thread, and it holds no payload but inline shards. One thread at a time may call it.
+Owns the wiring of the engine's parts and the order in which they act on one event. It never touches
+clock, disk, socket or thread, and it holds no payload but inline shards. One thread at a time may
+call it.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ Handler = Callable[[Any], None]
 class Machine:
     """One node's decisions.
 
-    `load` once, then `handle` for every event; call `handle(Tick())` no later than `next_wakeup_ns`.
-    Instructions must be carried out in order of arrival where they name the same slot or segment.
+    `load` once, then `handle` for every event; call `handle(Tick())` no later than
+    `next_wakeup_ns`. Instructions must be carried out in order of arrival where they name the same
+    slot or segment.
     """
 
     def __init__(
@@ -131,7 +133,9 @@ class Machine:
     # ------------------------------------------------------------ in and out
 
     def load(self, recovered: Recovered, now: Now) -> list[events.Instruction]:
-        """Take over what the data directory held. Carry the instructions out before serving anybody."""
+        """Take over what the data directory held. Carry the instructions out before serving
+        anybody.
+        """
         core = self.core
         core.begin(now)
         for row, until in recovery.load(core, self.extents, recovered):
@@ -140,7 +144,7 @@ class Machine:
         return core.out
 
     def handle(self, event: events.Event, now: Now) -> list[events.Instruction]:
-        """Decide what this event leads to. Never raises for anything a peer, client or disk may do."""
+        """Decide what this event leads to. Never raises for what a client or disk may do."""
         core = self.core
         core.begin(now)
         self._on_event[type(event)](event)
@@ -176,7 +180,7 @@ class Machine:
 
     @property
     def quiescent(self) -> bool:
-        """Nothing is in flight and nothing waits to be written: a stopping node may close its disk."""
+        """Nothing is in flight or waits to be written: a stopping node may close its disk."""
         return not (
             self.writeback.dirty_rows
             or self.writeback.group
@@ -222,9 +226,7 @@ class Machine:
             self.loads.on_reads_done(event)
 
     def _load_damaged(self, row: int, load: LoadState) -> None:
-        self.checks.damaged(
-            row, segment=load.segment, generation=load.generation, page=load.page
-        )
+        self.checks.damaged(row, segment=load.segment, generation=load.generation, page=load.page)
 
     def _segments_changed(self, event: events.SegmentsChanged) -> None:
         extents = self.extents
@@ -333,4 +335,3 @@ class Machine:
         For tests and simulation: it takes time in proportion to everything there is.
         """
         return audit.audit(self)
-

@@ -1,8 +1,8 @@
 """What goes to the meta log, and who waits for it.
 
 Owns the records of removals, holds, TTLs, quarantines and sequence reservations, and the reserve of
-sequence numbers. It must not decide who is removed or held. On a node without a disk nothing is logged
-and every append counts as done: there is nothing that could come back.
+sequence numbers. It must not decide who is removed or held. On a node without a disk nothing is
+logged and every append counts as done: there is nothing that could come back.
 """
 
 from __future__ import annotations

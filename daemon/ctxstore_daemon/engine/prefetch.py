@@ -1,7 +1,7 @@
 """Prefetch: promotion before it is asked for.
 
-Owns the answer to Prefetch and what bounds it. It must not keep anything in memory: what was promoted may
-be evicted like everything else.
+Owns the answer to Prefetch and what bounds it. It must not keep anything in memory: what was
+promoted may be evicted like everything else.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class PrefetchOperation(LoadWaiter):
 def prefetch(
     core: Core, *, leases: LeasesState, loads: LoadsState, conn: int, message: wire.Prefetch
 ) -> None:
-    """Promote what is on nvme, up to the share one connection may lease; answers how many will be there."""
+    """Promote what is on nvme, up to the share one connection may lease; answers how many will be
+    there.
+    """
     index = core.index
     rows = np.unique(index.find_batch(core.conns[conn].ns, message.keys))
     rows = rows[index.visible(rows, core.now_ns)]

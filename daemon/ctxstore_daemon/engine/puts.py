@@ -1,10 +1,12 @@
 """Puts: from offered keys to committed shards, for both kinds of connection.
 
-Owns the puts under way, the queue of those that wait for room, copies in flight, and who waits for a key that
-another put is writing. It must not copy or write: it names slots, and hears when bytes are there or durable.
+Owns the puts under way, the queue of those that wait for room, copies in flight, and who waits for
+a key that another put is writing. It must not copy or write: it names slots, and hears when bytes
+are there or durable.
 
-A put stands in one queue until each of its new keys has a slot; only the head takes slots, so two puts never
-starve each other with half of what both need. A key is claimed (invisible row) together with its slot.
+A put stands in one queue until each of its new keys has a slot; only the head takes slots, so two
+puts never starve each other with half of what both need. A key is claimed (invisible row) together
+with its slot.
 """
 
 from __future__ import annotations
@@ -167,7 +169,7 @@ class PutsState:
         self._meta.log_expiry(rows, sync=True, done=logged)
 
     def _look(self, operation: PutOperation, item: int) -> bool:
-        """Decide an item, or let it wait for somebody else; False: it needs room for its own bytes."""
+        """Decide an item or let it wait for somebody else; False: it needs room for its bytes."""
         core = self._core
         index = core.index
         row = index.find(operation.ns, operation.names[item])
@@ -408,7 +410,9 @@ class PutsState:
     # ------------------------------------------------------------ ends
 
     def expire(self, operation: PutOperation) -> None:
-        """The deadline passed. Copies in flight still read the client's staging: they are waited for."""
+        """The deadline passed. Copies in flight still read the client's staging: they are waited
+        for.
+        """
         self._decide_todo(operation, PutResult.OVERLOADED)
         if operation.stream and operation.offered and not operation.copies:
             for item in operation.offered:
@@ -429,7 +433,7 @@ class PutsState:
         self._settle(operation)
 
     def abandon(self, operation: PutOperation) -> None:
-        """The connection died. Bytes that have arrived, or are being copied, are still committed."""
+        """The connection died. Bytes that have arrived or are being copied are still committed."""
         self._decide_todo(operation, PutResult.OVERLOADED)
         if operation.stream and not operation.copies:
             for item in operation.offered:

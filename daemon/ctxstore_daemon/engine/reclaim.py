@@ -1,8 +1,8 @@
 """Reclaim: frees the oldest segment of the nvme tier, and takes out of it what should live on.
 
-Owns the one segment being reclaimed and its phase. Survivors are all held shards, and of those that were read
-since they were written up to a share of the segment; they are written again by write-behind before the
-segment is recycled. It must not free a segment that a read still uses.
+Owns the one segment being reclaimed and its phase. Survivors are all held shards, and of those that
+were read since they were written up to a share of the segment; they are written again by
+write-behind before the segment is recycled. It must not free a segment that a read still uses.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class ReclaimState:
         return None
 
     def _choose(self, segment: SegmentState) -> list[int]:
-        """Held rows, and rows read since written: higher priority first, parents before children."""
+        """Held rows, and rows read since written: high priority first, parents before children."""
         core = self._core
         index = core.index
         rows = self._extents.rows_in(segment.segment)
@@ -196,7 +196,9 @@ class ReclaimState:
             self._writeback.add(row, Hurry.RESCUE)
 
     def lose_patience(self) -> None:
-        """There is no room to read survivors: only held ones are waited for, behind everything else."""
+        """There is no room to read survivors: only held ones are waited for, behind everything
+        else.
+        """
         reads = self._reads
         if reads is None or reads.done:
             return

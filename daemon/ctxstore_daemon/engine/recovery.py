@@ -1,7 +1,8 @@
 """The index of a start: from what the data directory held to rows.
 
-Owns which of several copies of a key lives, and what tombstones, quarantines, TTLs and holds make of it. Works
-by column: a million records take about a second. It must not read files; an engine is loaded once, empty.
+Owns which of several copies of a key lives, and what tombstones, quarantines, TTLs and holds make
+of it. Works by column: a million records take about a second. It must not read files; an engine is
+loaded once, empty.
 """
 
 from __future__ import annotations
@@ -115,9 +116,7 @@ def _gather(core: Core, recovered: Recovered) -> CopiesState:
 
 def _names(records: RecordArray) -> list[tuple[int, int, bytes]]:
     keys: list[bytes] = np.ascontiguousarray(records["key"]).view("V16").reshape(-1).tolist()
-    return list(
-        zip(records["ns_id"].tolist(), records["incarnation"].tolist(), keys, strict=True)
-    )
+    return list(zip(records["ns_id"].tolist(), records["incarnation"].tolist(), keys, strict=True))
 
 
 def _with_keys_of(copies: CopiesState, records: RecordArray) -> Rows:
@@ -192,7 +191,7 @@ def _newest_copies(copies: CopiesState) -> None:
 
 
 def _doubtful(copies: CopiesState) -> Rows:
-    """Positions, ascending, of all copies whose key may occur more than once (a 64-bit mix does)."""
+    """Positions, ascending, of copies whose key may occur more than once (a mix of it does)."""
     halves = np.ascontiguousarray(copies.records["key"]).view("<u8").reshape(-1, 2)
     mix = halves[:, 0] * np.uint64(0x9E3779B97F4A7C15) ^ halves[:, 1]
     mix += copies.ns
@@ -203,7 +202,9 @@ def _doubtful(copies: CopiesState) -> Rows:
 
 
 def _expiry(core: Core, copies: CopiesState, meta: RecordArray) -> npt.NDArray[np.int64]:
-    """End of each copy's TTL on the monotonic clock; whatever the wall clock did, at most the whole TTL."""
+    """End of each copy's TTL on the monotonic clock; whatever the wall clock did, at most the whole
+    TTL.
+    """
     records = copies.records
     ttl = np.minimum(records["ttl_ms"], np.uint64(TTL_MS_MAX)).astype(np.int64) * NS_PER_MS
     left = np.clip(records["written_at_ns"] + ttl - core.wall_ns, 0, ttl)

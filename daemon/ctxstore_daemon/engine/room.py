@@ -1,7 +1,8 @@
 """Room in the arena and in the index: takes what is free, else lets the policy make more.
 
-Owns the order of means: free slots, evicting in the class, clearing a cold slab of another class. It
-must not wait: when nothing may go now, it returns less than was asked for, and says that room is wanted.
+Owns the order of means: free slots, evicting in the class, clearing a cold slab of another class.
+It must not wait: when nothing may go now, it returns less than was asked for, and says that room is
+wanted.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class Room:
         self._searches = 0
 
     def slots(self, pages: int, count: int) -> list[int]:
-        """Up to `count` slots of the class; fewer when the rest is pinned, leased or not yet written."""
+        """Up to `count` slots of the class; fewer when the rest is pinned, leased or not yet
+        written.
+        """
         slabs = self._core.slabs
         found = slabs.allocate(pages, count)
         while len(found) < count:
@@ -44,7 +47,7 @@ class Room:
             self._core.room_changed = True
 
     def entry(self) -> bool:
-        """Whether the index has a row left, after forgetting one that is only in memory if need be."""
+        """Whether the index has a row left, maybe after forgetting one that is only in memory."""
         core = self._core
         if not core.index.full:
             return True
@@ -70,7 +73,9 @@ class Room:
         return bool(victims) or self._clear(pages)
 
     def _clear_colder(self, pages: int) -> bool:
-        """Take a slab from another class when it is the coldest of all: sizes in use change over time."""
+        """Take a slab from another class when it is the coldest of all: sizes in use change over
+        time.
+        """
         slabs = self._core.slabs
         coldest = slabs.coldest(1)
         if not coldest or coldest[0].pages == pages or pages > CHUNK_PAGES:

@@ -1,8 +1,9 @@
 """Slots of the arena: which pages are free, who owns a slot, who still uses it.
 
-Owns slabs (runs of 2 MiB chunks cut into equal slots), generations, owners and pins. It must not know keys,
-tiers or policies: it never evicts, it only says which slab would free room. Everything is in 4 KiB pages
-from the start of the arena; page 0 belongs to the generation table, so it stands for "no slot".
+Owns slabs (runs of 2 MiB chunks cut into equal slots), generations, owners and pins. It must not
+know keys, tiers or policies: it never evicts, it only says which slab would free room. Everything
+is in 4 KiB pages from the start of the arena; page 0 belongs to the generation table, so it stands
+for "no slot".
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def payload_pages(length: int) -> int:
 
 
 def slot_pages(length: int) -> int:
-    """Pages of the slot class for a payload: rounding wastes at most 1/16 of it (and the last page)."""
+    """Pages of the slot class for a payload: rounding wastes at most 1/16 of it (and the last
+    page).
+    """
     pages = payload_pages(length)
     if pages <= 16:
         return pages
@@ -70,17 +73,16 @@ class SlabState:
     def used_pages(self) -> list[int]:
         """First pages of the slots in use, ascending."""
         free = self.free
-        return [
-            self.first_page + i * self.pages for i in range(self.slots) if not (free >> i) & 1
-        ]
+        return [self.first_page + i * self.pages for i in range(self.slots) if not (free >> i) & 1]
 
 
 class SlabsState:
     """Allocator over the whole arena.
 
-    A slot is free when nobody owns it and nobody has it pinned; its generation moves on at that moment, so
-    before any reuse, whatever the next slot over these pages looks like. `pins` and `owner` are indexed
-    by first page; `pins_at` and `owner_at` are the same memory for single accesses.
+    A slot is free when nobody owns it and nobody has it pinned; its generation moves on at that
+    moment, so before any reuse, whatever the next slot over these pages looks like. `pins` and
+    `owner` are indexed by first page; `pins_at` and `owner_at` are the same memory for single
+    accesses.
     """
 
     def __init__(self, generations: npt.NDArray[np.uint32], arena_bytes: int) -> None:
@@ -129,7 +131,9 @@ class SlabsState:
     # ------------------------------------------------------------ allocate and free
 
     def allocate(self, pages: int, count: int) -> list[int]:
-        """Up to `count` slots of the class `pages`, ascending inside a slab; their owner is not set yet."""
+        """Up to `count` slots of the class `pages`, ascending inside a slab; their owner is not set
+        yet.
+        """
         found: list[int] = []
         partial = self._partial.setdefault(pages, {})
         while len(found) < count:
@@ -286,14 +290,15 @@ class SlabsState:
         return list(found.values())
 
     def coldest_use(self, pages: int) -> int:
-        """Tick at which the coldest slab of this class was last used; very large when it has none."""
-        own = [slab.first_chunk for slab in self._slab_at if slab is not None and slab.pages == pages]
+        """Tick of the last use of the coldest slab of this class; very large when it has none."""
+        own = [slab.first_chunk for slab in self._slab_at if slab and slab.pages == pages]
         return int(self.chunk_use[own].min()) if own else _UNUSED
 
     def windows(self, pages: int) -> Iterator[list[SlabState]]:
         """For a slot of several chunks: runs of chunks that would do, as the slabs to clear.
 
-        Each call starts behind the place of the last one, so that searches take turns over the arena.
+        Each call starts behind the place of the last one, so that searches take turns over the
+        arena.
         """
         chunks = -(-pages // CHUNK_PAGES)
         span = self._populated_chunks - chunks + 1 - self.first_chunk

@@ -1,7 +1,7 @@
 """Counters and figures of one engine.
 
-Owns what is counted and its names. It must not decide anything from a counter; names are those that the
-metrics page shows, without prefix.
+Owns what is counted and its names. It must not decide anything from a counter; names are those that
+the metrics page shows, without prefix.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class CountersState:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Figures of this moment, beside the counters. Bytes are of whole pages unless said otherwise."""
+    """Figures of this moment, beside the counters. Bytes are those of whole pages."""
 
     entries: int
     entries_max: int

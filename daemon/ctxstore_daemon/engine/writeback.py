@@ -1,8 +1,8 @@
 """Write-behind: which committed shards are not on disk yet, and the groups that bring them there.
 
-Owns the dirty queues, the one group in flight, those who wait for a shard to be durable, and flushes. It
-must not answer puts: it tells their waiters. What a reclaim has to copy out is written first, then what
-somebody waits for, then the rest.
+Owns the dirty queues, the one group in flight, those who wait for a shard to be durable, and
+flushes. It must not answer puts: it tells their waiters. What a reclaim has to copy out is written
+first, then what somebody waits for, then the rest.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ Queue = deque[int | FlushOperation]
 
 
 class WritebackState:
-    """Dirty rows. A queue entry counts only while its row is DIRTY; a flush in a queue is a mark."""
+    """Dirty rows. A queue entry counts while its row is DIRTY; a flush in a queue is a mark."""
 
     def __init__(self, core: Core, extents: ExtentsState) -> None:
         self._core = core
@@ -347,7 +347,7 @@ class WritebackState:
         core.room_changed = True
 
     def on_failed(self, event: GroupFailed) -> None:
-        """The group is not durable. A full disk is tried again after a reclaim, a fault elsewhere."""
+        """The group is not durable. Tried again: after a reclaim (full), elsewhere (a fault)."""
         group = self._end_group(event.group_id)
         core = self._core
         core.counters.groups_failed += 1
