@@ -95,7 +95,7 @@ class Outside:
         self._daemon = daemon
 
     def descriptors(self) -> Counter[str]:
-        """Open descriptors by kind."""
+        """Open descriptors by kind; segment files, which are kept for reuse, are left out."""
         directory = f"/proc/{self._daemon.pid}/fd"
         found: Counter[str] = Counter()
         for name in os.listdir(directory):
@@ -103,7 +103,8 @@ class Outside:
                 target = os.readlink(f"{directory}/{name}")
             except FileNotFoundError:
                 continue
-            found[target.split(":")[0] if ":[" in target else target] += 1
+            if "/segment-" not in target:
+                found[target.split(":")[0] if ":[" in target else target] += 1
         return found
 
     def threads(self) -> Counter[str]:
