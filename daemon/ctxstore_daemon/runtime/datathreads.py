@@ -148,12 +148,12 @@ class DataConnection:
         answer = self._await_answer(event.deadline_ns)
         assert isinstance(answer, events.SendShards), "a get is answered by SendShards"
         try:
-            self._send_shards(answer)
+            self._send_shards(answer, event.deadline_ns)
         finally:
             # The kernel has copied what was sent, and nothing more will be.
             self._post(events.StreamGetDone(self.conn, event.rid))
 
-    def _send_shards(self, answer: events.SendShards) -> None:
+    def _send_shards(self, answer: events.SendShards, deadline_ns: int) -> None:
         arena = self._arena
         small = bytearray(wire_data.pack_get_reply(answer.rid, answer.entries))
         hits = np.flatnonzero(answer.entries["status"] == wire.Lookup.HIT)
@@ -168,11 +168,11 @@ class DataConnection:
                 small += answer.inline[inline : inline + length]
                 continue
             if small:
-                self._socket.sendall(small, socket.MSG_MORE)
+                self._send(memoryview(small), deadline_ns, more=True)
                 small = bytearray()
-            self._socket.sendall(arena[slot : slot + length].data)
+            self._send(arena[slot : slot + length].data, deadline_ns)
         if small:
-            self._socket.sendall(small)
+            self._send(memoryview(small), deadline_ns)
 
     def _put(self, event: events.StreamPutArrived) -> None:
         rid = event.message.rid
@@ -185,11 +185,12 @@ class DataConnection:
         receipt = PutReceiptState(offer)
         try:
             self._socket.sendall(offer_frame(offer))
-            self._receive_payloads(offer, receipt, range(len(offer.lengths)))
+            indices: Iterable[int] = range(len(offer.lengths))
+            self._receive_payloads(offer, receipt, indices, event.deadline_ns)
             if damaged := receipt.damaged():
                 _log.warning("payload_damaged", conn=self.conn, count=len(damaged))
                 self._socket.sendall(result_frame(rid, receipt.resend_verdicts()))
-                self._receive_payloads(offer, receipt, damaged)
+                self._receive_payloads(offer, receipt, damaged, event.deadline_ns)
         finally:
             # Out of recv_into for good: slots of what did not arrive may go.
             self._post(receipt.done())
@@ -198,10 +199,15 @@ class DataConnection:
         self._socket.sendall(result_frame(rid, finished.results))
 
     def _receive_payloads(
-        self, offer: events.OfferPut, receipt: PutReceiptState, indices: Iterable[int]
+        self,
+        offer: events.OfferPut,
+        receipt: PutReceiptState,
+        indices: Iterable[int],
+        deadline_ns: int,
     ) -> None:
         announced = bytearray(wire_data.DATA_SUM_BYTES)
         for index in indices:
+            self._check_deadline(deadline_ns)
             slot = receipt.target(index, self._arena)
             length = int(offer.lengths[index])
             payload = slot[:length]
@@ -232,6 +238,19 @@ class DataConnection:
                 raise TransportError("the client closed in the middle of a request")
             have += count
         return True
+
+    def _send(self, view: memoryview, deadline_ns: int, *, more: bool = False) -> None:
+        """Hand all of `view` to the kernel. A peer that takes it too slowly is cut off."""
+        flags = socket.MSG_MORE if more else 0
+        sent = self._socket.send(view, flags)
+        while sent < len(view):
+            self._check_deadline(deadline_ns)
+            sent += self._socket.send(view[sent:], flags)
+
+    def _check_deadline(self, deadline_ns: int) -> None:
+        late_s = (self._clock.now().mono_ns - deadline_ns) / 1e9
+        if late_s > STALL_S_MAX:
+            raise TransportError("the peer is too slow: its deadline passed long ago")
 
     def _post(self, event: events.Event) -> None:
         self._loop.call_soon_threadsafe(self._executor.submit, event)

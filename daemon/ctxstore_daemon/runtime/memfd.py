@@ -34,6 +34,10 @@ _MADV_HUGEPAGE: Final = 14
 _MADV_POPULATE_WRITE: Final = 23
 _SHMEM_SWITCH: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
+POPULATE_BYTES: Final = 16 * limits.MIB
+"""Populated by one system call. Meanwhile the kernel makes every mmap of this process wait, and
+so each thread that needs fresh memory: a dozen milliseconds on 4 KiB pages."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.madvise.restype = ctypes.c_int
@@ -91,7 +95,8 @@ class MemoryFile:
 
     def populate(self, start: int, stop: int) -> None:
         """Give every page of [start, stop) its memory. Raises OutOfSpace when none is left."""
-        self._advise(_MADV_POPULATE_WRITE, start, stop - start)
+        for at in range(start, stop, POPULATE_BYTES):
+            self._advise(_MADV_POPULATE_WRITE, at, min(POPULATE_BYTES, stop - at))
 
     def discard(self) -> None:
         """Give all pages back now, even where another process keeps the file mapped.
@@ -104,6 +109,8 @@ class MemoryFile:
         """Bytes of the mapping that stand on huge pages now."""
         if self.kind is PageKind.HUGETLB:
             return self.size
+        if self.kind is PageKind.SMALL:
+            return 0
         return _huge_bytes_at(self._address)
 
     def close_descriptor(self) -> None:
