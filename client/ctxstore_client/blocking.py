@@ -44,6 +44,9 @@ T = TypeVar("T")
 
 PARALLEL_THREADS: Final = 8
 
+GATHER_BYTES_MAX: Final = 64 * 1024
+"""Buffers up to this together go by one system call; larger ones are faster one by one."""
+
 ARMED_SHARE: Final = 0.98
 ARMED_SLACK_S: Final = 0.005
 """A socket keeps its time-out while it is this close to what is left: a system call saved."""
@@ -224,8 +227,21 @@ class _Execution:
     def send_buffers(self, request: SendBuffers) -> None:
         """Send payloads straight from where they lie."""
         link = _socket_link(request.link)
-        for buffer in request.buffers:
-            self._send_all(link, as_view(buffer))
+        views = [as_view(buffer) for buffer in request.buffers]
+        if sum(view.nbytes for view in views) <= GATHER_BYTES_MAX:
+            views = self._send_gathered(link, views)
+        for view in views:
+            self._send_all(link, view)
+
+    def _send_gathered(self, link: SocketLink, views: list[memoryview]) -> list[memoryview]:
+        """Send small buffers by one call; returns what it left over."""
+        with self._waiting(link, socket.SO_SNDTIMEO):
+            sent = link.sock.sendmsg(views)
+        for index, view in enumerate(views):
+            if sent < view.nbytes:
+                return [view[sent:], *views[index + 1 :]]
+            sent -= view.nbytes
+        return []
 
     def receive(self, request: Receive) -> Any:
         """The next message, read from the socket if none is there yet."""

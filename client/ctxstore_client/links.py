@@ -162,6 +162,13 @@ class SocketLink:
         self.sock.close()
         if self._staging is not None:
             self._staging.close()
+        if self.arena is not None:
+            self.arena.release()
+
+    def shut_down(self) -> None:
+        """End the connection under an operation of another thread, which then closes it."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
 
     def abandon(self) -> None:
         """Close this process's copy of a connection that its parent goes on using."""

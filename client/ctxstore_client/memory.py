@@ -52,19 +52,34 @@ class _Map:
 
 
 class ArenaMap(_Map):
-    """The daemon's arena, read-only, shared by all connections to the same run of a daemon."""
+    """The daemon's arena, read-only, shared by all connections to the same run of a daemon.
+
+    Made for its first user; `acquire` and `release` may be called from any thread.
+    """
 
     def __init__(self, fd: int, size: int) -> None:
         super().__init__(fd, size, writable=False)
         pages = size // limits.PAGE_BYTES
         table = self.data[: pages * _GENERATION_BYTES]
         self.generations: npt.NDArray[np.uint32] = table.view("<u4")
-        self.users = 0
+        self._lock = threading.Lock()
+        self._users = 1
 
-    def close(self) -> None:
-        """Unmap as soon as no view is left."""
-        self.generations = np.empty(0, np.uint32)
-        super().close()
+    def acquire(self) -> bool:
+        """One more connection uses it; False when the last one had gone already."""
+        with self._lock:
+            if self._users:
+                self._users += 1
+            return self._users > 0
+
+    def release(self) -> None:
+        """A connection is over; with the last one the arena is unmapped."""
+        with self._lock:
+            self._users -= 1
+            over = not self._users
+        if over:
+            self.generations = np.empty(0, np.uint32)
+            self.close()
 
 
 class StagingMap(_Map):

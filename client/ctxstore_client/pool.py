@@ -149,6 +149,7 @@ class Pool:
         self._dialer = Dialer(target, arena_of=self._arena_of)
         self._state = PoolState()
         self._closed = False
+        self._counting = threading.Lock()
         self.counters: Counter[str] = Counter()
 
     # ------------------------------------------------------------ lending
@@ -233,7 +234,7 @@ class Pool:
     def _check_breaker(self, state: PoolState) -> None:
         breaker = state.breaker
         if breaker.failures and monotonic() < breaker.closed_at_s:
-            self.counters["refused_by_breaker"] += 1
+            self.count("refused_by_breaker")
             raise CircuitOpen(
                 f"failed {breaker.failures} times in a row, trying again soon: {breaker.reason}"
             )
@@ -282,7 +283,7 @@ class Pool:
             return
         with state.lock:
             if link in state.links:
-                self.counters["discarded"] += 1
+                self.count("discarded")
             state.lent.discard(link)
             self._drop(state, link)
             waiters = self._take_waiters(state)
@@ -294,8 +295,13 @@ class Pool:
         if waited_s >= BLAME_AFTER_S:
             state = self._current()
             with state.lock:
-                self.counters["timeouts"] += 1
+                self.count("timeouts")
                 state.breaker.time_out(monotonic())
+
+    def count(self, name: str, more: int = 1) -> None:
+        """Add to a counter of `stats`."""
+        with self._counting:
+            self.counters[name] += more
 
     def _take_waiters(self, state: PoolState) -> list[Callable[[], None]]:
         waiters = list(state.waiters)
@@ -308,13 +314,6 @@ class Pool:
             return
         state.links.discard(link)
         state.counts[link.kind] -= 1
-        arena = link.arena
-        if arena is not None:
-            arena.users -= 1
-            if not arena.users:
-                for boot_id in [b for b, known in state.arenas.items() if known is arena]:
-                    del state.arenas[boot_id]
-                arena.close()
 
     # ------------------------------------------------------------ connecting
 
@@ -344,7 +343,7 @@ class Pool:
     def _enter(self, state: PoolState, link: SocketLink) -> SocketLink:
         with state.lock:
             state.breaker.succeed()
-            self.counters["connections"] += 1
+            self.count("connections")
             self._register(state, link)
             if self._closed:
                 self._drop(state, link)
@@ -402,7 +401,7 @@ class Pool:
             route = self._dialer.find_route(until - monotonic())
             with state.lock:
                 state.breaker.succeed()
-                self.counters["routes"] += 1
+                self.count("routes")
                 self._register(state, route.anchor)
                 state.counts[route.anchor.kind] += 1
                 if self._closed:
@@ -424,7 +423,7 @@ class Pool:
             late = isinstance(error, DeadlineExceeded) and waited_s >= BLAME_AFTER_S / 5
             refused = isinstance(error, TransportError)
             if late or (refused and not isinstance(error, (CircuitOpen, _StaleRoute))):
-                self.counters["dial_failures"] += 1
+                self.count("dial_failures")
                 state.breaker.reason = str(error)
                 state.breaker.fail(monotonic())
             if late or refused:
@@ -450,9 +449,9 @@ class Pool:
         state = self._state
         with state.lock:
             known = state.arenas.get(boot_id)
-            if known is None:
+            if known is None or not known.acquire():
+                state.arenas.clear()  # of earlier runs; their last users unmap them
                 known = state.arenas[boot_id] = ArenaMap(fd, size)
-            known.users += 1
             return known
 
     # ------------------------------------------------------------ upkeep
@@ -511,6 +510,7 @@ class Pool:
     def _after_fork(self, old: PoolState) -> PoolState:
         # Locks of the parent may be held for ever here, so nothing of its state is used.
         self._state = PoolState()
+        self._counting = threading.Lock()
         self._dialer = Dialer(self._target, arena_of=self._arena_of)
         _inherited.append(old)
         for link in list(old.links):
@@ -538,13 +538,13 @@ class Pool:
                 return
             self._closed = True
             for link in list(state.links):
-                self._drop(state, link)
+                if link in state.lent:
+                    link.shut_down()  # who uses it closes it
+                else:
+                    self._drop(state, link)
             for links in state.idle.values():
                 links.clear()
-            for arena in state.arenas.values():
-                arena.close()
             state.arenas.clear()
-            state.lent.clear()
             state.route = None
             waiters = self._take_waiters(state)
             keeper = state.keeper

@@ -65,6 +65,7 @@ def on_link(
             context.pool.discard(link)
             if not stale or context.deadline.remaining_s() <= 0:
                 raise
+            context.pool.count("retries")
         except CtxStoreError as error:
             _part_with(context, link, error)
             raise

@@ -231,6 +231,10 @@ class LinkPool(Protocol):
         """The link serves anybody again."""
         ...
 
+    def count(self, name: str, more: int = 1) -> None:
+        """Add to a counter that `stats` shows."""
+        ...
+
     def discard(self, link: Link) -> None:
         """Shut down and close the link: afterwards nothing is received through it."""
         ...

@@ -123,13 +123,17 @@ def _get_piece(
     if mapped.size:
         targets, sources = _copy_runs(arena, state, rows[mapped], piece[mapped])
         yield Copy(targets, sources)
-        verdicts[mapped[~unchanged(arena, rows[mapped])]] = Lookup.MISS
+        reused = ~unchanged(arena, rows[mapped])
+        if reused.any():
+            verdicts[mapped[reused]] = Lookup.MISS
+            context.pool.count("slots_reused_during_copy", int(np.count_nonzero(reused)))
     if reply.lease:
         defer_release(link, reply.lease)
     packed = np.flatnonzero(hits & inline)
     if packed.size:
         wrong = yield from _take_inline(link, state, reply, packed, piece)
         verdicts[wrong] = Lookup.MISS
+        context.pool.count("checksum_failures", len(wrong))
     refused = verdicts == Lookup.OVERLOADED
     state.statuses[piece[~refused]] = verdicts[~refused]
     return int(np.count_nonzero(refused))

@@ -63,6 +63,10 @@ PIECE_BYTES: Final = 64 * limits.MIB
 
 PIECE_KEYS_MAX: Final = 4096
 
+GATHER_BYTES: Final = 32 * limits.KIB
+GATHER_BUFFERS: Final = 256
+"""Small payloads are sent together up to these; the kernel takes 1024 buffers at once."""
+
 REQUESTS_AHEAD: Final = 2
 """Gets that are on their way at once, so that the daemon never waits for the next one."""
 
@@ -244,6 +248,7 @@ def report_damage(context: Context, damaged: list[_Damaged]) -> Plan[None]:
     """Tell the daemon which copies arrived broken, so that it looks at its own."""
     if not damaged:
         return
+    context.pool.count("checksum_failures", sum(len(keys) for keys, _ in damaged))
 
     def body(link: Link) -> Plan[None]:
         for keys, sums in damaged:
@@ -309,8 +314,16 @@ def _verdicts(link: Link, rid: int, count: int, phase: VerdictPhase) -> Plan[npt
 def _send_payloads(
     link: Link, state: PutState, indices: Indices, expected: npt.NDArray[np.uint64]
 ) -> Plan[None]:
+    small: list[bytes | ByteArray] = []
+    gathered = 0
     for index, seed in zip(indices.tolist(), expected.tolist(), strict=True):
         payload = state.buffers[index]
         # Summed right before it is sent, while the payload comes through the caches once.
         (checksum,) = yield Checksum((payload,), (seed,))
-        yield SendBuffers(link, (payload, pack_sum(checksum)))
+        small += (payload, pack_sum(checksum))
+        gathered += payload.size
+        if gathered >= GATHER_BYTES or len(small) >= GATHER_BUFFERS:
+            yield SendBuffers(link, small)
+            small, gathered = [], 0
+    if small:
+        yield SendBuffers(link, small)

@@ -37,6 +37,7 @@ from ctxstore_client.ops.stream import stream_get, stream_put
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from enum import IntEnum
 
     from ctxstore_client.ops.arguments import PutColumns
     from ctxstore_client.ops.batches import Indices
@@ -75,6 +76,7 @@ def get_into(
         _settle(state.statuses, Lookup.OVERLOADED)
     except TransportError:
         _settle(state.statuses, Lookup.MISS)
+    _count(context, "get", state.statuses, _LOOKUPS)
     return [_LOOKUPS[status] for status in state.statuses.tolist()]
 
 
@@ -127,7 +129,16 @@ def put(
         _settle(state.results, PutResult.OVERLOADED)
     except TransportError:
         _settle(state.results, PutResult.TIMEOUT if reached else PutResult.OVERLOADED)
+    _count(context, "put", state.results, _RESULTS)
     return [_RESULTS[result] for result in state.results.tolist()]
+
+
+def _count(
+    context: Context, what: str, verdicts: npt.NDArray[np.uint8], names: Sequence[IntEnum]
+) -> None:
+    for verdict, count in enumerate(np.bincount(verdicts).tolist()):
+        if count:
+            context.pool.count(f"{what}_{names[verdict].name.lower()}", count)
 
 
 def _put_without_staging(context: Context, state: PutState) -> Plan[None]:
