@@ -11,6 +11,8 @@ import errno
 import fcntl
 import logging
 import os
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -43,6 +45,40 @@ _NO_FALLOCATE: Final = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 T = TypeVar("T")
 
 
+class _Call:
+    """One call on its way through the pool: tells whether a thread may still be in it."""
+
+    __slots__ = ("_begun", "_done", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._begun = False
+        self._done = False
+
+    def run(self, work: Callable[..., T], *args: Any) -> T:
+        """On a thread."""
+        with self._lock:
+            if self._done:
+                raise OSError(errno.ECANCELED, "cancelled before it began")
+            self._begun = True
+        try:
+            return work(*args)
+        finally:
+            self._done = True
+
+    def abandon(self) -> bool:
+        """Keep the call from beginning; False if it has begun."""
+        with self._lock:
+            if not self._begun:
+                self._done = True
+            return self._done
+
+    @property
+    def done(self) -> bool:
+        """Whether no thread is in it, now or later."""
+        return self._done
+
+
 class RealFile:
     """`DiskFile` on a descriptor. Calls may run concurrently, as many as there are threads."""
 
@@ -51,7 +87,7 @@ class RealFile:
         self._name = name
         self._fd = fd
         self._direct = direct
-        self._running: set[asyncio.Task[Any]] = set()
+        self._calls: set[_Call] = set()
         self._closed = False
 
     @property
@@ -91,18 +127,28 @@ class RealFile:
         if self._closed:
             return
         self._closed = True
-        while self._running:
-            await asyncio.wait(self._running)
+        calls = list(self._calls)
+        if calls:
+            await self._disk.run(self._name, _wait_for, calls)
         await self._disk.run(self._name, os.close, self._fd)
 
     async def _call(self, work: Callable[..., T], *args: Any) -> T:
         if self._closed:
             raise DeviceError(f"{self._name} is closed")
-        task = asyncio.ensure_future(self._disk.run(self._name, work, *args))
-        self._running.add(task)
-        task.add_done_callback(self._ended)
-        # A thread cannot be called back: a cancelled caller leaves its call to `close`.
-        return await asyncio.shield(task)
+        call = _Call()
+        self._calls.add(call)
+        try:
+            result: T = await self._disk.run(self._name, call.run, work, *args)
+        except asyncio.CancelledError:
+            # A thread cannot be called back: if it has begun, `close` waits for it.
+            if call.abandon():
+                self._calls.discard(call)
+            raise
+        except BaseException:
+            self._calls.discard(call)
+            raise
+        self._calls.discard(call)
+        return result
 
     def _transfer(
         self, call: Callable[..., int], buffers: Sequence[ByteBuffer], offset: int
@@ -118,11 +164,6 @@ class RealFile:
         self._direct = False
         _LOG.warning("no_direct_io file=%s effect=slower_reads_and_page_cache", self._name)
         return _transfer_all(call, self._fd, buffers, offset)
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._running.discard(task)
-        if not task.cancelled():
-            task.exception()  # seen: its caller may be gone
 
     def _check_alignment(self, buffers: Sequence[ByteBuffer], offset: int) -> None:
         if not self._direct:
@@ -265,6 +306,12 @@ def _after(views: list[memoryview], count: int) -> list[memoryview]:
             return [view[count:], *views[index + 1 :]] if count else views[index:]
         count -= len(view)
     return []
+
+
+def _wait_for(calls: Sequence[_Call]) -> None:
+    """Only after a cancellation, at the end of a file: asking every millisecond is good enough."""
+    while not all(call.done for call in calls):
+        time.sleep(0.001)
 
 
 def _sync(fd: int) -> None:

@@ -6,6 +6,8 @@ Owns nothing on the disk. It must not raise for what a disk may do: each extent 
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -47,6 +49,21 @@ class _Run:
     items: tuple[int, ...]
 
 
+@dataclass(slots=True)
+class _ReadState:
+    """One call of `read` under way. Changed only by its workers."""
+
+    lengths: list[int]
+    seeds: list[int]
+    checksums: list[int]
+    slot_of: _SlotOf
+    scratch: bool
+    runs: deque[_Run]
+    statuses: Statuses
+    landed: list[tuple[int, npt.NDArray[np.uint8]]]  # not yet verified
+    verifying: bool = False
+
+
 class ExtentReader:
     """Any number of `read` calls at once share one bound."""
 
@@ -57,7 +74,6 @@ class ExtentReader:
         self._mover = mover
         self._generation_of = generation_of
         self._gate = asyncio.Semaphore(READS_IN_FLIGHT_MAX)
-        self._scratch_gate = asyncio.Semaphore(SCRATCH_READS_MAX)
 
     async def read(self, order: ReadExtents, arena: npt.NDArray[np.uint8]) -> Statuses:
         """Fill the slots and verify them; a ReadStatus for each. Slots not OK have undefined bytes.
@@ -73,46 +89,65 @@ class ExtentReader:
         return await self._read(order, slots.__getitem__)
 
     async def _read(self, order: ReadExtents, slot_of: _SlotOf) -> Statuses:
-        statuses = np.full(len(order.segments), int(ReadStatus.FAILED), np.uint8)
         segments = order.segments.tolist()
         wanted = order.generations.tolist()
-        scratch = (order.slot_offsets < 0).tolist()
         usable = [
             index
             for index, segment in enumerate(segments)
             if self._generation_of(segment) == wanted[index]
         ]
+        state = _ReadState(
+            lengths=order.lengths.tolist(),
+            seeds=order.seeds.tolist(),
+            checksums=order.checksums.tolist(),
+            slot_of=slot_of,
+            scratch=bool((order.slot_offsets < 0).any()),
+            runs=deque(_runs(order, usable)),
+            statuses=np.full(len(segments), int(ReadStatus.FAILED), np.uint8),
+            landed=[],
+        )
+        workers = min(len(state.runs), SCRATCH_READS_MAX if state.scratch else READS_IN_FLIGHT_MAX)
         async with asyncio.TaskGroup() as group:
-            for run in _runs(order, usable):
-                gate = self._scratch_gate if scratch[run.items[0]] else self._gate
-                group.create_task(self._read_run(order, slot_of, run, gate, statuses))
-        return statuses
+            for _ in range(workers - 1):
+                group.create_task(self._work(state))
+            await self._work(state)
+        return state.statuses
 
-    async def _read_run(
-        self,
-        order: ReadExtents,
-        slot_of: _SlotOf,
-        run: _Run,
-        gate: asyncio.Semaphore,
-        statuses: Statuses,
-    ) -> None:
-        async with gate:
-            slots = [slot_of(index) for index in run.items]
-            try:
-                async with self._files.with_file(run.segment) as file:
-                    landed = await _fill(file, order, run, slots)
-            except StorageError:
-                return  # the file is gone: FAILED stands
-            jobs = [
-                CopyJob(None, slot, int(order.lengths[index]), int(order.seeds[index]))
-                for index, slot, there in zip(run.items, slots, landed, strict=True)
-                if there
+    async def _work(self, state: _ReadState) -> None:
+        """Read runs until none is left; whoever finds bytes that nobody verifies does it."""
+        while state.runs:
+            run = state.runs.popleft()
+            async with self._gate:
+                slots = [state.slot_of(index) for index in run.items]
+                try:
+                    async with self._files.with_file(run.segment) as file:
+                        there = await _fill(file, state, run, slots)
+                except StorageError:
+                    continue  # the file is gone: FAILED stands
+            state.landed += [
+                (index, slot) for index, slot, ok in zip(run.items, slots, there, strict=True) if ok
             ]
-            sums = iter(await self._mover.copy_in(jobs)) if jobs else iter(())
-        for index, there in zip(run.items, landed, strict=True):
-            if there:
-                good = next(sums) == int(order.checksums[index])
-                statuses[index] = int(ReadStatus.OK if good else ReadStatus.DAMAGED)
+            # Scratch memory is bounded: nobody reads on before it is verified.
+            if state.scratch or not state.verifying:
+                await self._verify(state)
+
+    async def _verify(self, state: _ReadState) -> None:
+        """Check all that has landed, in batches: a hop to a thread costs as much as a read."""
+        state.verifying = True
+        try:
+            while state.landed:
+                batch, state.landed = state.landed, []
+                sums = await self._mover.copy_in(
+                    [
+                        CopyJob(None, slot, state.lengths[index], state.seeds[index])
+                        for index, slot in batch
+                    ]
+                )
+                for (index, _), value in zip(batch, sums, strict=True):
+                    good = value == state.checksums[index]
+                    state.statuses[index] = int(ReadStatus.OK if good else ReadStatus.DAMAGED)
+        finally:
+            state.verifying = False
 
 
 def _slot(order: ReadExtents, arena: npt.NDArray[np.uint8], index: int) -> npt.NDArray[np.uint8]:
@@ -124,11 +159,11 @@ def _slot(order: ReadExtents, arena: npt.NDArray[np.uint8], index: int) -> npt.N
 
 
 async def _fill(
-    file: DiskFile, order: ReadExtents, run: _Run, slots: list[npt.NDArray[np.uint8]]
+    file: DiskFile, state: _ReadState, run: _Run, slots: list[npt.NDArray[np.uint8]]
 ) -> list[bool]:
     """Read a run in one call; if that fails, extent by extent to find out which ones fail."""
     parts = [
-        slot[: extent_bytes(int(order.lengths[index]))]
+        slot[: extent_bytes(state.lengths[index])]
         for index, slot in zip(run.items, slots, strict=True)
     ]
     try:
@@ -137,8 +172,8 @@ async def _fill(
         if len(parts) == 1:
             return [False]
     else:
-        ends = np.cumsum([len(part) for part in parts])
-        return [bool(end <= count) for end in ends]
+        ends = itertools.accumulate(len(part) for part in parts)
+        return [end <= count for end in ends]
     landed: list[bool] = []
     offset = run.offset
     for part in parts:
