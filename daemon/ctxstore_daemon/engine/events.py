@@ -251,7 +251,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class CloseConn:
-    """End the connection (a lease outlived lease_s_max, say); ConnClosed follows when it is gone."""
+    """End a connection (a lease outlived lease_s_max, say); ConnClosed follows when it is gone."""
 
     conn: int
     reason: str

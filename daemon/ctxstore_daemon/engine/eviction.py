@@ -271,8 +271,7 @@ class S3Fifo(EvictionPolicy):
 
     def _remember(self, row: int) -> None:
         self._ghosts[(self.index.ns_at[row], self.index.key(row))] = None
-        members = sum(queue.count for queue in self.queues)
-        if len(self._ghosts) > min(max(_WINDOW, members), _GHOSTS_MAX):
+        if len(self._ghosts) > min(max(_WINDOW, self.index.count), _GHOSTS_MAX):
             self._ghosts.popitem(last=False)
 
 

@@ -177,7 +177,7 @@ class IndexState:
     # ------------------------------------------------------------ change
 
     def allocate(self, ns: int, key: bytes) -> int:
-        """A new row that the key leads to; everything but ns, key and segment is zero."""
+        """A new row that the key leads to: no flags, no birth, no copy anywhere, no TTL."""
         assert self.count < self.entries_max, "the index is full"
         if self._free:
             row = self._free.pop()
@@ -211,8 +211,11 @@ class IndexState:
         payload = self.inline.pop(row, None)
         if payload is not None:
             self.inline_bytes -= len(payload)
-        for name, _ in _COLUMNS:
-            getattr(self, f"{name}_at")[row] = 0
+        # Flags and birth tell a forgotten row from a living one, also to those who kept its number.
+        self.flags_at[row] = 0
+        self.birth_at[row] = 0
+        self.length_at[row] = 0
+        self.attempts_at[row] = 0
         self.segment_at[row] = NO_SEGMENT
         self._free.append(row)
         self.count -= 1

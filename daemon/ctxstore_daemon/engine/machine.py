@@ -66,7 +66,7 @@ class Machine:
         core = Core(settings, generations=generations, policy=policy, admission=admission)
         self.core = core
         self.extents = ExtentsState(core)
-        self.room = Room(core)
+        self.room = Room(core, self.extents)
         self.leases = LeasesState(core)
         self.meta = MetaState(core, self.extents)
         self.writeback = WritebackState(core, self.extents)

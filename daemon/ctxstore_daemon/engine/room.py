@@ -14,6 +14,7 @@ from ctxstore_daemon.engine.slabs import CHUNK_PAGES, SlabState
 
 if TYPE_CHECKING:
     from ctxstore_daemon.engine.core import Core
+    from ctxstore_daemon.engine.extents import ExtentsState
 
 _SLABS_TRIED_MAX: Final = 32
 _BALANCE_EVERY: Final = 8
@@ -23,8 +24,9 @@ _BALANCE_EVERY: Final = 8
 class Room:
     """Allocates slots and entries for puts and promotions."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, extents: ExtentsState) -> None:
         self._core = core
+        self._extents = extents
         self._searches = 0
 
     def slots(self, pages: int, count: int) -> list[int]:
@@ -47,20 +49,24 @@ class Room:
             self._core.room_changed = True
 
     def entry(self) -> bool:
-        """Whether the index has a row left, maybe after forgetting one that is only in memory."""
+        """Whether the index has a row left.
+
+        With segments to reclaim, a reclaim has to free rows. Else a row is forgotten; where it has
+        a copy in the one segment there is, that comes back after a restart, as a cache may.
+        """
         core = self._core
         if not core.index.full:
             return True
+        if self._extents.disk_ok and self._extents.sealed():
+            core.entries_wanted = True
+            return False
         for slot_class in (INLINE_CLASS, *core.slabs.classes()):
-            for row in core.policy.victims(slot_class, 1, self._forgettable):
+            for row in core.policy.victims(slot_class, 1, core.evictable):
                 core.counters.evicted += 1
                 core.drop(row)
                 return True
-        core.entries_wanted = True
+        core.room_wanted = True
         return False
-
-    def _forgettable(self, row: int) -> bool:
-        return self._core.index.segment_at[row] < 0 and self._core.evictable(row)
 
     def _evict_for(self, pages: int, count: int) -> bool:
         self._searches += 1
