@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from ctxstore_client import (
+    ClosedError,
     DeadlineExceeded,
     ForkedError,
     Lookup,
@@ -216,6 +217,66 @@ def test_a_view_over_a_restart_is_stale_but_readable(daemon: DaemonProcess) -> N
         with pytest.raises(StaleView):
             view.__exit__(None, None, None)
         assert _maps_of("arena") <= 1, "the old arena is unmapped with its last view"
+
+
+def test_a_view_past_the_longest_lease_is_stale(tmp_path: Path) -> None:
+    arguments = ("--set", "limits.lease_s_max=500ms", "--set", "limits.lease_check_s=100ms")
+    with daemon_process(tmp_path / "node", arguments=arguments) as daemon:
+        keys, payloads = shards(2, 100_000)
+        with connect(daemon.url, shm="require") as store:
+            store.put(keys, payloads)
+            with store.view(keys) as views:
+                assert shows(keys, views)
+            view = store.view(keys)
+            views = view.__enter__()
+            time.sleep(1.2)
+            assert shows(keys, views), "the daemon took the lease, not the bytes under a reader"
+            with pytest.raises(StaleView):
+                views.check()
+            with pytest.raises(StaleView):
+                view.__exit__(None, None, None)
+            with store.view(keys) as views:
+                assert shows(keys, views)
+
+
+def test_closing_the_store_under_an_open_view(daemon: DaemonProcess, way: Way) -> None:
+    keys, payloads = shards(2, 100_000)
+
+    async def main() -> None:
+        async with open_store(way, daemon.url) as store:
+            await store.put(keys, payloads)
+            view = store.view(keys)
+            views = await view.__aenter__()
+            await store.close()
+            assert shows(keys, views), "its memory stays until the block ends"
+            with contextlib.suppress(StaleView):
+                await view.__aexit__(None, None, None)
+        assert _maps_of("arena") == 0
+
+    asyncio.run(main())
+
+
+def test_closing_the_store_under_running_operations(daemon: DaemonProcess) -> None:
+    keys, payloads = shards(4, 1024 * KIB)
+    for shm in ("require", "off"):
+        done = threading.Event()
+        with connect(daemon.url, shm=shm) as store:
+            store.put(keys, payloads)
+
+            def work(store: Any = store, done: threading.Event = done) -> None:
+                buffers = [np.zeros(1024 * KIB, np.uint8) for _ in keys]
+                with contextlib.suppress(ClosedError):
+                    while True:
+                        verdicts = store.get_into(keys, buffers)
+                        assert set(verdicts) <= {Lookup.HIT, Lookup.MISS}
+                done.set()
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            time.sleep(0.1)
+            store.close()
+            assert done.wait(5)
+            thread.join()
 
 
 def _maps_of(name: str) -> int:
