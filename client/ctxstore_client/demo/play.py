@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 TURN_TIMEOUT_S: Final = 900.0
 """A turn takes some seconds; the first one converts the model, which a slow disk draws out."""
 
+_CHILD_ENVIRONMENT: Final = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
+    # Threads that spin while they wait make a shared machine several times slower.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
 
 class DemoFailed(Exception):
     """The demo could not be played to its end."""
@@ -96,7 +103,7 @@ def _run_turn(
             stdout=subprocess.PIPE,
             text=True,
             timeout=TURN_TIMEOUT_S,
-            env={**os.environ, "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"},
+            env={**_CHILD_ENVIRONMENT, **os.environ},
             check=False,
         )
     except subprocess.TimeoutExpired as error:

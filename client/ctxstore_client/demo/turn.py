@@ -53,9 +53,11 @@ def answer(request: TurnRequest) -> TurnReply:
     ):
         arguments = {"max_new_tokens": request.max_new_tokens, "do_sample": False}
         _warm_up(session, tokens)
+        _progress("answering, with the store")
         generation = session.generate(tokens, **arguments)
         session.wait(_STORE_TIMEOUT_S)
         store.flush(timeout_s=_STORE_TIMEOUT_S)
+        _progress("answering once more, without the store")
         reference = session.generate_reference(
             tokens, cut_tokens=generation.stats.rehydrated_tokens, **arguments
         )
@@ -85,7 +87,7 @@ def _warm_up(session: ContextSession, tokens: list[int]) -> None:
 
 
 def _progress(text: str) -> None:
-    sys.stderr.write(f"  {text}\n")
+    sys.stderr.write(f"         ({text})\n")
     sys.stderr.flush()
 
 
