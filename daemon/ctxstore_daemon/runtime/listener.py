@@ -84,11 +84,12 @@ class ControlProtocol(asyncio.Protocol):
         """The client has read."""
         assert self._transport is not None, "resumed before it was connected"
         self._paused = False
+        if self._transport.is_closing():
+            return  # the timer that runs now is the one that ends it
         if self._stalled is not None:
             self._stalled.cancel()
             self._stalled = None
-        if not self._transport.is_closing():
-            self._transport.resume_reading()
+        self._transport.resume_reading()
 
     def write(self, frame: bytes) -> None:
         """Queue a frame; a client that lets too many pile up is cut off."""

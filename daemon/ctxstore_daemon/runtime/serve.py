@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from ctxstore.config import Address, DaemonConfig
 
 MOVER_THREADS_MAX: Final = 4
+DESCRIPTORS_EACH: Final = 2
+"""A connection has its socket, and Python keeps a descriptor of the staging's map."""
+
 POPULATE_RETRY_S: Final = 5.0
 """Pause after a shortage of pages before the arena tries to grow again."""
 
@@ -64,7 +67,9 @@ def serve(config: DaemonConfig) -> int:
     output = LogOutput(config.node.log_level.value)
     try:
         host.check_memory(config.memory.cap_bytes)
-        host.raise_descriptor_limit()
+        descriptors = host.raise_descriptor_limit()
+        if descriptors < DESCRIPTORS_EACH * config.limits.connections_max:
+            _log.warning("few_descriptors", limit=descriptors, effect="fewer connections")
         _log.info("config", version=__version__, pid=os.getpid())
         for line in describe(config):
             _log.info("config_value", setting=line)
