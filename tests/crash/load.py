@@ -32,8 +32,11 @@ SHARED_KEYS: Final = 48
 BYTES_MAX: Final = 110 * 1024 * 1024
 """Put by one worker in all: the daemon's disk must not need to evict."""
 
-CHECK_BYTES: Final = 24 * 1024 * 1024
+CHECK_BYTES: Final = 12 * 1024 * 1024
 RETURNED_KEPT: Final = 16
+DOWN_PAUSE_S: Final = 0.02
+"""After an answer that says that the daemon is down: its start needs the processors."""
+
 _PATTERN: Final = 0xA5
 
 
@@ -48,6 +51,7 @@ class LoadWorker:
         self._rng = random.Random(f"{seed}/{space}")
         self._number = 0
         self._bytes_left = BYTES_MAX
+        self._known: list[bytes] = []
         self._returned: list[np.ndarray[Any, Any]] = []
         self._operations: list[tuple[Callable[[], None], int]] = [
             (self._put, 36),
@@ -95,7 +99,7 @@ class LoadWorker:
             if not error.retryable:
                 raise
             self.done[f"{name} failed"] += 1
-            time.sleep(0.005)
+            time.sleep(DOWN_PAUSE_S)
 
     def _deadline(self) -> float:
         return self._rng.choice((*[2.0] * 10, 0.2, 0.01))
@@ -114,7 +118,7 @@ class LoadWorker:
             keys.append(shard_key(self._space, self._number, length))
         known = self._own_keys(*Fate)
         if known and rng.random() < 0.2:
-            again = rng.choice(known)
+            again = known[0]
             if shard_length(again) <= max(1024, self._bytes_left):
                 self._bytes_left -= shard_length(again)
                 keys.append(again)
@@ -156,10 +160,17 @@ class LoadWorker:
             self.oracle.put_answered(
                 key, result, synced=durability == "group", began=began, ttl_s=ttl_s
             )
+        if set(results) == {PutResult.OVERLOADED}:
+            time.sleep(DOWN_PAUSE_S)
 
     def _some_keys(self, *fates: Fate, most: int = 8) -> list[bytes]:
-        known = self.oracle.keys_of(*fates)
-        return self._rng.sample(known, min(len(known), self._rng.randint(1, most)))
+        """Up to `most` known keys; looking at all of them each time would be most of the load."""
+        shards, known = self.oracle.shards, self._known
+        if len(known) < len(shards):
+            known += list(shards)[len(known) :]
+        picked = [self._rng.choice(known) for _ in range(4 * most if known else 0)]
+        found = [key for key in dict.fromkeys(picked) if shards[key].fate in fates]
+        return found[: self._rng.randint(1, most)]
 
     def _get(self) -> None:
         keys = self._some_keys(*Fate)
@@ -178,6 +189,8 @@ class LoadWorker:
                 buffer[:] = 0x3C
                 self._returned.append(buffer)
         del self._returned[:-RETURNED_KEPT]
+        if Lookup.HIT not in statuses:
+            time.sleep(DOWN_PAUSE_S / 2)
 
     def _check_returned(self) -> None:
         for buffer in self._returned:

@@ -173,7 +173,7 @@ def test_acknowledged_shards_survive_kills_under_load(
     ):
         try:
             for _ in range(kills):
-                time.sleep(rng.uniform(0.05, 0.8))
+                time.sleep(rng.uniform(0.05, 0.7))
                 daemon.kill()
                 time.sleep(rng.choice((0.0, 0.0, 0.15)))
                 daemon.start()
