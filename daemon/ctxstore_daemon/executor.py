@@ -151,8 +151,9 @@ class Executor:
             self._over = True
             self._note_drained()
             self._tasks = None
-            if self._timer is not None:
-                self._timer.cancel()
+            for timer in (self._timer, self._report):
+                if timer is not None:
+                    timer.cancel()
 
     async def drain(self) -> None:
         """Take no new requests and wait until what is in flight is through and data is on disk.
@@ -350,12 +351,12 @@ class Executor:
 
     async def _recycle(self, instruction: events.RecycleSegment) -> None:
         segment = instruction.segment
-        while True:
+        while not self._ended.is_set():
             try:
                 await self._store.recycle(segment)
             except OutOfSpace:
                 # The meta log is full until its next checkpoint; the segment itself is fine.
-                await asyncio.sleep(RECYCLE_RETRY_S)
+                await self._pause(RECYCLE_RETRY_S)
             except StorageError as error:
                 self.submit(events.SegmentLost(segment, str(error)))
                 break
@@ -364,24 +365,51 @@ class Executor:
                 break
         self.report_segments()
 
+    async def _pause(self, delay_s: float) -> None:
+        """Let time pass, unless the node ends; nobody who drains waits for this task meanwhile."""
+        self._running -= 1
+        self._note_drained()
+        try:
+            async with asyncio.timeout(delay_s):
+                await self._ended.wait()
+        except TimeoutError:
+            return
+        finally:
+            self._running += 1
+
     async def _append_metas(self) -> None:
         while True:
             batch = [await self._appends.get()]
             while len(batch) < META_BATCH_MAX and not self._appends.empty():
                 batch.append(self._appends.get_nowait())
-            records = (
-                batch[0].records
-                if len(batch) == 1
-                else np.concatenate([append.records for append in batch])
-            )
-            ok = True
             try:
-                await self._store.append_meta(records, any(append.sync for append in batch))
-            except StorageError:
-                ok = False
-            for append in batch:
+                done = await self._append(batch)
+            except OutOfSpace:
+                # Too much together may still be little enough one by one.
+                done = [ok for append in batch for ok in await self._append_alone(append)]
+            for append, ok in zip(batch, done, strict=True):
                 self._appends.task_done()
                 self.submit(events.MetaDone(append.meta_id, ok))
+
+    async def _append(self, batch: list[events.AppendMeta]) -> list[bool]:
+        """Whether each is in the log; all share one write. Raises OutOfSpace."""
+        records = batch[0].records
+        if len(batch) > 1:
+            records = np.concatenate([append.records for append in batch])
+        ok = True
+        try:
+            await self._store.append_meta(records, any(append.sync for append in batch))
+        except OutOfSpace:
+            raise
+        except StorageError:
+            ok = False
+        return [ok] * len(batch)
+
+    async def _append_alone(self, append: events.AppendMeta) -> list[bool]:
+        try:
+            return await self._append([append])
+        except OutOfSpace:
+            return [False]
 
     def _report_later(self) -> None:
         """The store tries a full file system again after a while, of which no event tells."""
