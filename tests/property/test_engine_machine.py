@@ -94,6 +94,39 @@ class EngineStory(RuleBasedStateMachine):
         for racing in self.racing.values():
             racing.update(keys)
 
+    @rule(
+        keys=st.lists(st.integers(0, KEYS - 1), min_size=4, max_size=12), group=st.booleans(),
+        ttl_ms=st.sampled_from((0, 0, 0, 500)),
+    )  # fmt: skip
+    def fill(self, keys, group, ttl_ms) -> None:
+        """A quick client without deadline trouble: room gets short, segments fill up."""
+        self.carry_out_all()
+        durability = Durability.GROUP if group else Durability.MEMORY
+        for n in keys:
+            conn = self.connect(0)
+            message = self.shell.make_put(
+                [n], lengths=[length_of(n)], durability=durability, ttl_ms=0 if group else ttl_ms
+            )
+            if self.busy_staging(conn):
+                return
+            self.shell.stage(conn, [n], message)
+            self.putting([n])
+            self.ask(conn, "put", [n], message, 1.0)
+            self.carry_out_all()
+
+    @rule(keys=st.lists(st.integers(0, KEYS - 1), min_size=4, max_size=12))
+    def read(self, keys) -> None:
+        """A quick client that gets and releases."""
+        for n in keys:
+            conn = self.connect(0)
+            message = wire.Get(self.shell.rid(), 0, key(n))
+            self.ask(conn, "get", [n], message, 1.0)
+            self.carry_out_all()
+            if self.leases and self.leases[-1][0] == conn:
+                _, reply, names = self.leases.pop()
+                self.shell.check_get(reply, names)
+                self.shell.release(conn, reply)
+
     def busy_staging(self, conn: int) -> bool:
         return any(c == conn and kind == "put" for (c, _), (kind, _, _) in self.asked.items())
 
@@ -129,6 +162,12 @@ class EngineStory(RuleBasedStateMachine):
     def flush(self, conn, timeout_s) -> None:
         conn = self.connect(conn)
         self.ask(conn, "flush", [], wire.Flush(self.shell.rid(), 0), timeout_s)
+
+    @rule(conn=conns, ttl_ms=st.sampled_from((0, 700, 60_000)), keys=numbers)
+    def touch(self, conn, keys, ttl_ms) -> None:
+        conn = self.connect(conn)
+        message = wire.Touch(self.shell.rid(), 0, b"".join(map(key, keys)), ttl_ms)
+        self.ask(conn, "touch", keys, message, 1.0)
 
     @rule(conn=conns)
     def verify(self, conn) -> None:
@@ -240,10 +279,11 @@ class EngineStory(RuleBasedStateMachine):
         del pending[at]
         self.shell.step(instruction)
 
-    @precondition(lambda self: len(self.shell.pending) > 3)
     @rule()
     def carry_out_all(self) -> None:
         self.shell.drain()
+        self.answers()
+        self.books_agree()
 
     @rule(ms=st.sampled_from((1, 60, 700, 3000)))
     def advance(self, ms) -> None:
@@ -257,9 +297,11 @@ class EngineStory(RuleBasedStateMachine):
             fault = ""
         self.shell.group_fault = "" if self.strict else fault
 
-    @rule()
-    def crash(self) -> None:
+    @rule(luck=st.integers(0, 4))
+    def crash(self, luck) -> None:
         """The process dies: what was not carried out never happens."""
+        if luck:
+            return
         before = self.shell
         self.shell = before.restart(auto=False, **self.options)
         self.shell._rid = before._rid
@@ -319,7 +361,7 @@ class EngineStory(RuleBasedStateMachine):
             assert len(replies) == 1
         del self.asked[at]
         if isinstance(last, wire.Failure):
-            assert kind in ("remove", "hold", "flush"), last
+            assert kind in ("remove", "hold", "touch", "flush"), last
             self.racing.pop(at, None)
         elif kind == "get":
             self.shell.check_get(last, keys)
@@ -394,8 +436,9 @@ class RoomyEngine(EngineStory):
 class TightEngine(EngineStory):
     options: ClassVar = {
         "arena_bytes": 6 * MIB,
-        "disk_bytes": 12 * MIB,
+        "disk_bytes": 8 * 1536 * 1024,
         "segment_bytes": 1536 * 1024,
+        "reclaim_free_min": 4,
         "shard_bytes_max": MIB,
         "entries_max": 16,
         "group_bytes_max": 768 * 1024,

@@ -293,6 +293,9 @@ class FakeShell:
     def _do_RecycleSegment(self, i) -> None:
         segment = self.disk[i.segment]
         assert i.segment != self.open_segment
+        if i.segment in self.retired:
+            self.answer(events.SegmentLost(i.segment, "retired"))
+            return
         self.disk[i.segment] = Segment(generation=segment.generation + 1)
         self.answer(events.SegmentRecycled(i.segment))
         self._announce()

@@ -30,7 +30,7 @@ def anything(row):
 @pytest.mark.parametrize("policy", [S3Fifo, Lru])
 def test_every_row_goes_once(policy):
     _, made, rows = make(policy, 500)
-    gone = []
+    gone: list[int] = []
     while found := made.victims(CLASS, 7, anything):
         gone += found
     assert sorted(gone) == rows
@@ -93,7 +93,7 @@ def test_s3_fifo_remembers_what_it_evicted_from_probation():
     index.release(first)
     again = index.allocate(0, name)
     made.insert(again, CLASS)
-    gone = []
+    gone: list[int] = []
     while len(gone) < 90:
         gone += made.victims(CLASS, 1, anything)
     assert again not in gone, "a ghost goes to the main queue"

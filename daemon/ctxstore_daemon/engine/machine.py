@@ -239,6 +239,7 @@ class Machine:
 
     def _segment_recycled(self, event: events.SegmentRecycled) -> None:
         self.extents.segments.pop(event.segment, None)
+        self.core.counters.reclaimed_segments += 1
         self.reclaim.segment_gone(event.segment)
         self.writeback.unblock()
         self.core.room_changed = True

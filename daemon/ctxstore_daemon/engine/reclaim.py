@@ -119,8 +119,6 @@ class ReclaimState:
             return
         if self._reads is not None:
             self._core.finish(self._reads)
-        if self.phase is ReclaimPhase.RECYCLING:
-            self._core.counters.reclaimed_segments += 1
         self.phase = ReclaimPhase.IDLE
         self.segment = None
         self._survivors = []
