@@ -46,6 +46,9 @@ PEEK_AFTER_S: Final = 0.02
 FLUSH_AFTER_S: Final = 0.02
 """Releases that found no send to ride with by then are sent alone."""
 
+KEEPER_ROUNDS: Final = 50
+"""Rounds without work after which the keeper sleeps: waking it costs its waker dearly."""
+
 BACKOFF_S_MIN: Final = 0.02
 BACKOFF_S_MAX: Final = 1.0
 BREAKER_FAILURES: Final = 3
@@ -466,21 +469,30 @@ class Pool:
 
     def _keep(self, state: PoolState) -> None:
         """Send releases that found nothing to ride with; close what nobody used for long."""
-        waiting = False
+        quiet_rounds = KEEPER_ROUNDS
         while True:
-            state.wake.wait(FLUSH_AFTER_S if waiting else IDLE_S_MAX / 4)
+            dormant = quiet_rounds >= KEEPER_ROUNDS
+            if dormant:
+                with state.lock:
+                    state.keeper_awake = bool(self._waiting_links(state))
+                    dormant = not state.keeper_awake
+            state.wake.wait(IDLE_S_MAX / 4 if dormant else FLUSH_AFTER_S)
+            state.wake.clear()
             if self._closed:
                 return
-            state.wake.clear()
-            if not waiting:
+            if dormant:
                 self._close_idle(state)
-            waiting = not self._flush_deferred(state)
+                quiet_rounds = 0
+            quiet_rounds = 0 if self._flush_deferred(state) else quiet_rounds + 1
+
+    def _waiting_links(self, state: PoolState) -> list[SocketLink]:
+        return [link for links in state.idle.values() for link in links if link.deferred]
 
     def _flush_deferred(self, state: PoolState) -> bool:
-        """Send what waits on idle links; True when nothing waits any more."""
+        """Send what waits on idle links; True when there was any."""
         now = monotonic()
         with state.lock:
-            waiting = [link for links in state.idle.values() for link in links if link.deferred]
+            waiting = self._waiting_links(state)
             for link in waiting:
                 if now - link.idle_since_s >= FLUSH_AFTER_S:
                     try:
@@ -488,9 +500,7 @@ class Pool:
                     except OSError:
                         state.idle[link.kind].remove(link)
                         self._drop(state, link)
-            if not waiting:
-                state.keeper_awake = False
-            return not waiting
+            return bool(waiting)
 
     def _close_idle(self, state: PoolState) -> None:
         oldest = monotonic() - IDLE_S_MAX
