@@ -22,7 +22,12 @@ from ctxstore_daemon.engine.records import (
 from ctxstore_daemon.segments.files import segment_name
 from ctxstore_daemon.segments.scan import Finding, SegmentScan
 from ctxstore_daemon.segments.states import SegmentPhase, SegmentState, meta_row
-from ctxstore_daemon.segments.writer import GroupPlan, OpenSegmentState, SegmentWriter
+from ctxstore_daemon.segments.writer import (
+    FOOTER_INLINE_BYTES_MAX,
+    GroupPlan,
+    OpenSegmentState,
+    SegmentWriter,
+)
 
 if TYPE_CHECKING:
     from ctxstore_daemon.segments.geometry import Geometry
@@ -196,6 +201,7 @@ def _open_state(scan: SegmentScan, segment_bytes: int) -> OpenSegmentState:
         inline=[scan.batch.inline],
         count=len(scan.batch.records),
         inline_bytes=len(scan.batch.inline),
+        footer_off=len(scan.batch.inline) > FOOTER_INLINE_BYTES_MAX,
         footer_current=scan.footer_used,
         # Also a footer that cannot be used is cleared away before the next group.
         trailer_stale=True,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import xxhash
 
-from ctxstore.limits import PAGE_BYTES
+from ctxstore.limits import MIB, PAGE_BYTES
 from ctxstore_daemon.engine.records import RECORD_DTYPE, U64, RecordArray, RecordBatch
 from ctxstore_daemon.segments.buffers import aligned_zeros
 from ctxstore_daemon.segments.footer import encode_footer, footer_bytes_max
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from ctxstore_daemon.segments.identity import Identity
 
 _LOG: Final = logging.getLogger(__name__)
+
+FOOTER_INLINE_BYTES_MAX: Final = 16 * MIB
+"""Inline payloads kept in memory for a footer; a segment with more has none and is walked."""
 
 
 async def write_segment_header(file: DiskFile, header: SegmentHeader) -> None:
@@ -83,6 +86,7 @@ class OpenSegmentState:
     inline: list[bytes] = field(default_factory=list)
     count: int = 0
     inline_bytes: int = 0
+    footer_off: bool = False  # too many inline bytes to keep for one
     footer_current: bool = False  # the footer on the disk describes all groups
     trailer_stale: bool = False  # a footer of an earlier stop must go before the next group
 
@@ -102,9 +106,10 @@ class SegmentWriter:
     def fits(self, plan: GroupPlan) -> bool:
         """Whether the group leaves room for the footer."""
         state = self._state
-        footer = footer_bytes_max(
-            state.count + len(plan.batch.records), state.inline_bytes + len(plan.batch.inline)
-        )
+        inline_bytes = state.inline_bytes + len(plan.batch.inline)
+        footer = footer_bytes_max(state.count + len(plan.batch.records), inline_bytes)
+        if state.footer_off or inline_bytes > FOOTER_INLINE_BYTES_MAX:
+            footer = 0
         end = state.tail + plan.total_bytes + footer + PAGE_BYTES
         return end <= state.segment_bytes
 
@@ -146,9 +151,7 @@ class SegmentWriter:
         state.footer_current = False
         await file.pwritev([packed, *payloads], state.tail)
         await file.fdatasync()
-        state.records.append(records)
-        state.group_seq.append(np.full(len(records), seq, np.uint64))
-        state.inline.append(plan.batch.inline)
+        self._remember(batch, seq)
         state.count += len(records)
         state.inline_bytes += len(plan.batch.inline)
         state.tail += plan.total_bytes
@@ -156,10 +159,22 @@ class SegmentWriter:
         state.last_seq = seq
         return pages
 
+    def _remember(self, batch: RecordBatch, seq: int) -> None:
+        """Keep what the footer will say, unless it would keep too much memory busy."""
+        state = self._state
+        if state.inline_bytes + len(batch.inline) > FOOTER_INLINE_BYTES_MAX:
+            state.footer_off = True
+        if state.footer_off:
+            state.records, state.group_seq, state.inline = [], [], []
+            return
+        state.records.append(batch.records)
+        state.group_seq.append(np.full(len(batch.records), seq, np.uint64))
+        state.inline.append(batch.inline)
+
     async def seal(self, file: DiskFile) -> None:
         """Write and sync the footer. Raises StorageError; the groups stand all the same."""
         state = self._state
-        if state.footer_current or not state.last_seq:
+        if state.footer_current or state.footer_off or not state.last_seq:
             return
         records = np.concatenate([np.zeros(0, RECORD_DTYPE), *state.records])
         group_seq = np.concatenate([np.zeros(0, np.uint64), *state.group_seq])
