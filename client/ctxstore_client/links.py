@@ -14,6 +14,9 @@ from collections import deque
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
+from ctxstore.errors import TransportError
+from ctxstore.wire.connection import Phase
+
 if TYPE_CHECKING:
     from ctxstore.wire.connection import ControlConnection
     from ctxstore.wire.messages import HelloOk, Message
@@ -128,7 +131,9 @@ class SocketLink:
         return self.wire.next_rid()
 
     def encode(self, message: Message) -> bytes:
-        """A control frame."""
+        """A control frame. Raises TransportError once the daemon has announced the end."""
+        if self.wire.phase is Phase.CLOSED:
+            raise TransportError("the daemon has ended this connection")
         return self.wire.send(message)
 
     def defer(self, frame: bytes) -> None:

@@ -172,6 +172,7 @@ class Client:
             result = await self._driver.run(plan_of(context), context, state)
         except CtxStoreError as error:
             state.disturbed = True
+            state.raised = repr(error)
             outcome = type(error).__name__
         took_s = loop.time() - began_s
         if took_s > limit_s + 0.001:
@@ -317,7 +318,8 @@ class Client:
         results, state = await self.operate(
             "get", lambda c: transfers.get_into(c, rows, buffers, exact=False), timeout_s
         )
-        assert results is not None, "a get raises only for misuse"
+        if results is None:
+            raise HistoryViolation(f"a get raised {state.raised}: it does so only for misuse")
         now = self.now_ns()
         for key, buffer, result in zip(keys, buffers, results, strict=True):
             self.world.count(f"get:{result.name}")
@@ -429,7 +431,10 @@ class Client:
 
     async def remove(self) -> None:
         """Remove a few."""
-        keys = self.pick(3)
+        await self.remove_keys(self.pick(3))
+
+    async def remove_keys(self, keys: list[bytes]) -> None:
+        """Remove these."""
         rows = arguments.key_rows(keys)
         began = self.now_ns()
         for key in keys:
@@ -444,9 +449,11 @@ class Client:
 
     async def touch(self) -> None:
         """Raise TTLs."""
-        keys = self.pick(3)
+        await self.touch_keys(self.pick(3), self._rng.choice((0, 500, 5000)))
+
+    async def touch_keys(self, keys: list[bytes], ttl_ms: int) -> None:
+        """Raise the TTLs of these."""
         rows = arguments.key_rows(keys)
-        ttl_ms = self._rng.choice((0, 500, 5000))
         began = self.now_ns()
         for key in keys:
             self._checker.touch_begins(began, self.shard(key))
@@ -465,9 +472,11 @@ class Client:
 
     async def hold(self) -> None:
         """Hold a few, or let them go."""
-        keys = self.pick(2)
+        await self.hold_keys(self.pick(2), self._rng.choice((0, 1000, 4000)))
+
+    async def hold_keys(self, keys: list[bytes], ttl_ms: int) -> None:
+        """Hold these; 0 lets go."""
         rows = arguments.key_rows(keys)
-        ttl_ms = self._rng.choice((0, 1000, 4000))
         began = self.now_ns()
         mask, state = await self.operate(
             "hold", lambda c: control.masked(c, rows, control.hold_op(ttl_ms))

@@ -7,7 +7,7 @@ process. Every decision of an operation is made by the plans in `ctxstore_client
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -16,7 +16,7 @@ import numpy as np
 from ctxstore import checksum
 from ctxstore.errors import ClosedError, CtxStoreError, DeadlineExceeded, TransportError
 from ctxstore.wire import messages as wire
-from ctxstore.wire.connection import ControlConnection, Side
+from ctxstore.wire.connection import ControlConnection, Phase, Side
 from ctxstore_client.links import LinkKind
 from ctxstore_client.memory import LocalBuffers
 from ctxstore_client.ops.requests import (
@@ -126,6 +126,8 @@ class SimLink:
         return self.wire.next_rid()
 
     def encode(self, message: wire.Message) -> bytes:
+        if self.wire.phase is Phase.CLOSED:
+            raise TransportError("the node has ended this connection")
         return self.wire.send(message)
 
     def defer(self, frame: bytes) -> None:
@@ -182,8 +184,12 @@ class SimPool:
         self._counts = dict.fromkeys(LinkKind, 0)
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._anchor: SimLink | None = None
+        self.counters: Counter[str] = Counter()
         self._lent: dict[SimLink, None] = {}
         self._held: dict[SimLink, None] = {}
+
+    def count(self, name: str, more: int = 1) -> None:
+        self.counters[name] += more
 
     def hold(self, link: Link) -> None:
         self._lent.pop(_link(link), None)
@@ -404,6 +410,8 @@ class OperationState:
     """The driver raised something into the plan: its result is no claim of the node."""
     declined: bool = False
     """The node answered a request with a Failure."""
+    raised: str = ""
+    """What the caller got instead of a result."""
     silent: str = ""
     """The node gave no answer although nothing kept it from doing so."""
 

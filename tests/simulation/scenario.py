@@ -57,6 +57,8 @@ class Report:
     events: int = 0
     starts: int = 0
     reclaims: int = 0
+    faults: int = 0
+    """Reads, groups and segments that failed or were found damaged."""
     virtual_s: float = 0.0
     results: dict[str, int] = field(default_factory=dict)
 
@@ -132,6 +134,7 @@ class Scenario:
             events=self.watch.events,
             starts=self.host.starts,
             reclaims=self.watch.reclaims,
+            faults=self.watch.faults_seen,
             virtual_s=loop.time() - began_s,
             results=dict(sorted(self.world.results.items())),
         )
@@ -195,14 +198,14 @@ class Scenario:
         self.checker.node_started(self._now_ns(), clock_jumped=self._jumped)
         self.watch.note("started", self._now_ns())
 
-    async def _end_process(self, *, clean: bool) -> None:
+    async def _end_process(self, *, clean: bool, kind: CrashKind | None = None) -> None:
         self.world.node_steady = False
         self.host.disk.faults.heal()
         if clean:
             await self.host.stop(3.0)
         else:
-            kind = self.rng.choice((CrashKind.POWER, CrashKind.KILL))
-            await self.host.kill(kind)
+            drawn = self.rng.choice((CrashKind.POWER, CrashKind.KILL))
+            await self.host.kill(kind or drawn)
         self.watch.note("ended", clean, self._now_ns())
         self.checker.node_died(self._now_ns(), clean=clean and not self.watch.faults_seen)
 
@@ -340,7 +343,7 @@ class Scenario:
         if not size:
             return
         if _is_segment(name):
-            self.watch.damage_segment(_segment_of(name))
+            self.watch.damage_segment(segment_of(name))
         offset = self.rng.randrange(size if self.rng.random() < 0.5 else min(size, 16_384))
         disk.flip_bit(name, offset, bit=self.rng.randrange(8))
         self.watch.note("flip", name, offset)
@@ -360,7 +363,7 @@ class Scenario:
     def _misdirected(self, name: str) -> None:
         self.watch.note("misdirected", name)
         if _is_segment(name):
-            self.watch.damage_segment(_segment_of(name))
+            self.watch.damage_segment(segment_of(name))
 
     # ------------------------------------------------------------------------- the account
 
@@ -500,8 +503,9 @@ def _is_segment(name: str) -> bool:
 
 
 def _is_first_log(name: str) -> bool:
-    return name.startswith("meta-") and name.endswith(".a.log")
+    return name.startswith("meta-") and name.endswith(".log") and "mirror" not in name
 
 
-def _segment_of(name: str) -> int:
+def segment_of(name: str) -> int:
+    """Number of the segment that a file holds."""
     return int(name.removeprefix("segment-").removesuffix(".ctx"))

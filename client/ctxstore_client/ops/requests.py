@@ -98,7 +98,7 @@ class Link(Protocol):
         ...
 
     def encode(self, message: Message) -> bytes:
-        """A control frame. Raises LocalProtocolError."""
+        """A control frame. Raises LocalProtocolError; TransportError on a connection that ended."""
         ...
 
     def defer(self, frame: bytes) -> None:

@@ -6,6 +6,7 @@ are only ever read; every byte the client writes for a put lies in its own stagi
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from ctxstore import limits
 from ctxstore.checksum import seeds
-from ctxstore.errors import Overloaded
+from ctxstore.errors import Overloaded, TransportError
 from ctxstore.wire.messages import (
     EntryFlag,
     Get,
@@ -141,7 +142,9 @@ def _get_piece(
 
 def defer_release(link: Link, lease: int) -> None:
     """End a lease with the next frame that is sent on the link."""
-    link.defer(link.encode(Release(0, np.array([lease], "<u8").data)))
+    # On a connection that the daemon has ended, its leases have ended too.
+    with contextlib.suppress(TransportError):
+        link.defer(link.encode(Release(0, np.array([lease], "<u8").data)))
 
 
 def unchanged(arena: Arena, rows: RowArray) -> npt.NDArray[np.bool_]:
