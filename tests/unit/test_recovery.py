@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from ctxstore.limits import KIB, MIB
 from ctxstore.testing.clock import SimClock
 from ctxstore.testing.disk import CrashKind, SimDisk
