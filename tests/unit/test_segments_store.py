@@ -360,12 +360,13 @@ def test_an_unreadable_segment_is_set_aside_and_comes_back() -> None:
     run(scene())
 
 
-def test_a_group_larger_than_half_a_segment_is_refused() -> None:
+def test_a_group_larger_than_a_segment_is_refused() -> None:
     async def scene() -> None:
         world = World()
         await world.open()
-        with pytest.raises(OutOfSpace, match="at most"):
-            await world.write([100 * KIB] * 8)
+        with pytest.raises(OutOfSpace, match="fits no segment"):
+            await world.write([100 * KIB] * 10)
+        await world.write([world.store.geometry.shard_bytes_max] * 2 + [1000] * 50)
         await world.write(MIXED)
 
     run(scene())

@@ -168,10 +168,9 @@ class SegmentStore:
         return pages
 
     async def _writer_for(self, plan: GroupPlan) -> SegmentWriter:
-        if plan.total_bytes > self._geometry.group_bytes_max:
-            raise OutOfSpace(
-                f"a group of {plan.total_bytes} bytes, at most {self._geometry.group_bytes_max}"
-            )
+        empty = OpenSegmentState(0, 0, self._geometry.segment_bytes)
+        if not SegmentWriter(empty, self._identity).fits(plan):
+            raise OutOfSpace(f"a group of {plan.total_bytes} bytes fits no segment")
         if self._writer is not None and not self._writer.fits(plan):
             await self._seal_open()
         if self._writer is None:
