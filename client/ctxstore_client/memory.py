@@ -6,7 +6,7 @@ process inherit no map; memory that somebody still refers to is left to its last
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import mmap
 import threading
 from typing import TYPE_CHECKING, Final
@@ -27,6 +27,7 @@ LOCAL_IDLE_BYTES_MAX: Final = 256 * limits.MIB
 """Local buffers kept for reuse."""
 
 _GENERATION_BYTES: Final = 4
+_MAP_FIXED: Final = 0x10  # Linux; the mmap module does not name it
 
 
 class _Map:
@@ -41,14 +42,18 @@ class _Map:
         # A child would see the parent's leases end without noticing.
         self._map.madvise(mmap.MADV_DONTFORK)
         self.data: ByteArray = np.frombuffer(self._map, np.uint8)
+        self.left_mapped = False
+        """Whether views outlived `close`."""
 
     def close(self) -> None:
         """Unmap now, or with the last view that somebody else still holds."""
         mapped, self._map = self._map, None
         self.data = np.empty(0, np.uint8)
         if mapped is not None:
-            with contextlib.suppress(BufferError):
+            try:
                 mapped.close()
+            except BufferError:
+                self.left_mapped = True
 
 
 class ArenaMap(_Map):
@@ -87,6 +92,29 @@ class StagingMap(_Map):
 
     def __init__(self, fd: int, size: int) -> None:
         super().__init__(fd, size, writable=True)
+
+    def close(self) -> None:
+        """Part from the daemon's memory at once, also where the caller keeps views of it.
+
+        The daemon may still read a put whose answer nobody waited for, and it clears the memory
+        when the connection is gone. So views that are left show local memory from now on, zeros at
+        first: what is written through them must not become part of a shard.
+        """
+        address, size = self.data.ctypes.data, self.data.nbytes
+        super().close()
+        if self.left_mapped and size:
+            _map_anonymous(address, size)
+
+
+def _map_anonymous(address: int, size: int) -> None:
+    """Replace what is mapped there, in one step, by memory of this process alone."""
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mmap.restype = ctypes.c_void_p
+    library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+    found = library.mmap(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    if found != address:
+        raise MemoryError(f"cannot take {size} bytes of staging back: errno {ctypes.get_errno()}")
 
 
 class LocalBuffers:

@@ -295,23 +295,65 @@ def test_everything_is_unmapped_at_close(daemon: DaemonProcess) -> None:
     assert _maps_of("staging") == 0
 
 
-def test_alloc_over_a_restart(daemon: DaemonProcess, way: Way) -> None:
+@pytest.mark.parametrize("kill", [False, True], ids=["term", "kill"])
+def test_alloc_over_a_restart(daemon: DaemonProcess, way: Way, kill: bool) -> None:
     keys, payloads = shards(2, 100_000)
+    others, other_payloads = shards(1, 5000)
 
     async def main() -> None:
-        async with open_store(way, daemon.url) as store, store.alloc([100_000] * 2) as staged:
-            for view, payload in zip(staged, payloads, strict=True):
-                np.copyto(np.frombuffer(view, np.uint8), payload)
-            daemon.restart(kill=True)
-            # The staging's other side is gone; its memory is not, and can still be put.
-            for _ in range(100):
-                results = await store.put(keys, staged)
-                if set(results) <= {PutResult.COMMITTED, PutResult.EXISTS}:
-                    break
-                await asyncio.sleep(0.05)
+        async with open_store(way, daemon.url) as store:
+            async with store.alloc([100_000] * 2) as staged:
+                for view, payload in zip(staged, payloads, strict=True):
+                    np.copyto(np.frombuffer(view, np.uint8), payload)
+                daemon.restart(kill=kill)
+                for _ in range(5):
+                    results = await store.put([*keys, *others], [*staged, *other_payloads])
+                    if way.shm == "require":
+                        # Its other side is gone, and perhaps its content: never stored again.
+                        assert set(results[:2]) <= {PutResult.TIMEOUT, PutResult.OVERLOADED}
+                    else:
+                        assert set(results[:2]) <= {PutResult.COMMITTED, PutResult.EXISTS}
+                    assert results[2] in (PutResult.COMMITTED, PutResult.EXISTS)
+            async with store.alloc([100_000] * 2) as again:
+                for view, payload in zip(again, payloads, strict=True):
+                    np.copyto(np.frombuffer(view, np.uint8), payload)
+                assert set(await store.put(keys, again)) <= {PutResult.COMMITTED, PutResult.EXISTS}
             buffers = [np.zeros(100_000, np.uint8) for _ in keys]
             assert await store.get_into(keys, buffers) == [Lookup.HIT] * 2
-            assert all(is_payload_of(k, b) for k, b in zip(keys, buffers, strict=True))
+            assert shows(keys, buffers)
+
+    asyncio.run(main())
+
+
+def test_staged_buffers_reused_after_a_time_out_change_nothing(
+    daemon: DaemonProcess, way: Way
+) -> None:
+    """The daemon wakes up with the put in its socket: it must not read what was written since."""
+    keys, payloads = shards(4, 500_000)
+
+    async def main() -> None:
+        async with (
+            open_store(way, daemon.url) as store,
+            store.alloc([500_000] * 4) as staged,
+        ):
+            arrays = [np.frombuffer(view, np.uint8) for view in staged]
+            for array, payload in zip(arrays, payloads, strict=True):
+                np.copyto(array, payload)
+            daemon.pause()
+            try:
+                results = await store.put(keys, staged, timeout_s=0.3)
+                assert set(results) <= {PutResult.TIMEOUT, PutResult.OVERLOADED}
+                for array in arrays:
+                    array[:] = 9
+            finally:
+                daemon.resume()
+            await until_stored(store, *shards(1, 5000))
+            await asyncio.sleep(0.2)
+            back = [np.zeros(500_000, np.uint8) for _ in keys]
+            for verdict, key, buffer in zip(
+                await store.get_into(keys, back), keys, back, strict=True
+            ):
+                assert verdict != Lookup.HIT or is_payload_of(key, buffer)
 
     asyncio.run(main())
 

@@ -57,8 +57,8 @@ def put_call(
         depth0=options.depth0,
         cost_s=options.cost_s,
     )
-    source = lending.find_staged(staged, arrays) if staged and arrays else None
-    return lambda context: transfers.put(context, rows, arrays, columns, staged=source)
+    sources = lending.find_staged(staged, arrays) if staged and arrays else []
+    return lambda context: transfers.put(context, rows, arrays, columns, staged=sources)
 
 
 def prefetch_call(keys: Keys, by_s: float | None) -> PlanFor[int]:

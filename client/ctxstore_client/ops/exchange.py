@@ -77,12 +77,6 @@ def on_link(
             return result
 
 
-def on_lent_link(context: Context, link: Link, plan: Plan[T]) -> Plan[T]:
-    """Run `plan` on a link that an allocation holds; a broken link is not replaced."""
-    yield Acquire(Purpose.WRITE, exactly=link)
-    return (yield from with_link(context, link, plan))
-
-
 def with_link(context: Context, link: Link, plan: Plan[T]) -> Plan[T]:
     """Run `plan` on a link that was acquired for it, and part with the link afterwards."""
     try:

@@ -267,16 +267,17 @@ class Staged(_Lent):
             self._first = int(addresses([link.staging])[0])
             self._stop = self._first + link.staging.size
 
-    def source_of(self, buffers: Sequence[ByteArray]) -> StagedSource | None:
-        """Where these buffers lie in the staging; None unless all of them do and it can be used."""
+    def source_of(
+        self, begins: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
+    ) -> StagedSource | None:
+        """Which buffers, given by address, lie in the staging, and where; None if none does."""
         link = self._link
-        if link is None or self._closed or self.forked or link.closed:
+        if link is None or self._closed or self.forked:
             return None
-        begins = addresses(buffers)
-        sizes = np.fromiter((b.size for b in buffers), np.int64, len(buffers))
-        if (begins < self._first).any() or (begins + sizes > self._stop).any():
+        inside = np.flatnonzero((begins >= self._first) & (stops <= self._stop))
+        if not len(inside):
             return None
-        return StagedSource(link, begins - self._first)
+        return StagedSource(link, inside, begins[inside] - self._first)
 
     def close(self) -> None:
         """End the buffers; what was put stays put."""
@@ -339,9 +340,9 @@ def _local_staged(pool: LinkPool, lengths: npt.NDArray[np.int64]) -> Staged:
     return Staged(pool, [buffer.data for buffer in buffers], buffers=buffers)
 
 
-def find_staged(open_ones: Sequence[Staged], buffers: Sequence[ByteArray]) -> StagedSource | None:
-    """The staging that all these buffers lie in, if any."""
-    for staged in open_ones:
-        if (source := staged.source_of(buffers)) is not None:
-            return source
-    return None
+def find_staged(open_ones: Sequence[Staged], buffers: Sequence[ByteArray]) -> list[StagedSource]:
+    """The stagings that some of these buffers lie in."""
+    begins = addresses(buffers)
+    stops = begins + np.fromiter((b.size for b in buffers), np.int64, len(buffers))
+    found = (staged.source_of(begins, stops) for staged in open_ones)
+    return [source for source in found if source is not None]

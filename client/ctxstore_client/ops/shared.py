@@ -311,11 +311,15 @@ def shared_put(context: Context, link: Link, state: PutState) -> Plan[None]:
 
 
 def staged_put(
-    context: Context, link: Link, state: PutState, offsets: npt.NDArray[np.int64]
+    context: Context,
+    link: Link,
+    state: PutState,
+    chosen: Indices,
+    *,
+    offsets: npt.NDArray[np.int64],
 ) -> Plan[None]:
-    """Put shards that already lie in the link's staging, at `offsets`."""
-    state.refuse_above(link.hello.shard_bytes_max)
-    for piece in cut_by_count(state.undecided(), link.hello.batch_keys_max):
+    """Put shards that already lie in the link's staging, at `offsets` (one for every key)."""
+    for piece in cut_by_count(chosen, link.hello.batch_keys_max):
         request = state.request(link.next_rid(), timeout_us(context), piece, offsets[piece])
         yield Send(link, link.encode(request))
         yield from _collect(link, state, _Sent(request.rid, piece))

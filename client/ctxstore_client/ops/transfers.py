@@ -15,7 +15,7 @@ from ctxstore import limits
 from ctxstore.errors import DeadlineExceeded, Overloaded, TransportError
 from ctxstore.keys import KeyArray, key_list
 from ctxstore.wire.messages import Lookup, PutResult
-from ctxstore_client.ops.exchange import on_lent_link, on_link, with_link
+from ctxstore_client.ops.exchange import on_link, with_link
 from ctxstore_client.ops.requests import (
     Acquire,
     ByteArray,
@@ -86,51 +86,68 @@ def put(
     buffers: list[ByteArray],
     columns: PutColumns,
     *,
-    staged: StagedSource | None = None,
+    staged: Sequence[StagedSource] = (),
 ) -> Plan[list[PutResult]]:
-    """Store each shard; one result per key. `staged`: where shards lie in a staging already."""
+    """Store each shard; one result per key. `staged`: which of them lie in a staging already."""
     if not len(keys):
         return []
     state = PutState(keys, buffers, columns)
+    for source in staged:
+        yield from _put_staged(context, state, source)
+    if len(state.undecided()):
+        yield from _put_unstaged(context, state)
+    _count(context, "put", state.results, _RESULTS)
+    return [_RESULTS[result] for result in state.results.tolist()]
+
+
+def _put_staged(context: Context, state: PutState, source: StagedSource) -> Plan[None]:
+    """Put what lies in a staging through its own connection, and never in another way.
+
+    Once that connection is gone the daemon has cleared the memory: a copy of it would be wrong.
+    """
+    state.refuse_above(source.link.hello.shard_bytes_max)
+    mine = source.indices[state.results[source.indices] == UNDECIDED]
+    offsets = np.zeros(len(state.keys), np.int64)
+    offsets[source.indices] = source.offsets
+    unanswered = PutResult.OVERLOADED
+    try:
+        yield Acquire(Purpose.WRITE, exactly=source.link)
+        unanswered = PutResult.TIMEOUT
+        plan = staged_put(context, source.link, state, mine, offsets=offsets)
+        yield from with_link(context, source.link, plan)
+    except Overloaded:
+        unanswered = PutResult.OVERLOADED
+    except (DeadlineExceeded, TransportError):
+        pass
+    state.results[mine[state.results[mine] == UNDECIDED]] = unanswered
+
+
+def _put_unstaged(context: Context, state: PutState) -> Plan[None]:
+    reached = False
 
     def body(link: Link) -> Plan[None]:
+        nonlocal reached
+        reached = True
         if not link.streams:
             yield from shared_put(context, link, state)
             if len(state.undecided()):
                 yield from _put_without_staging(context, state)
             return
         todo = state.refuse_above(link.hello.shard_bytes_max)
-        if len(set(key_list(keys))) < len(keys):
+        if len(set(key_list(state.keys))) < len(state.keys):
             # Of equal keys in one batch the first is to be the one that is stored.
             yield from stream_put(context, link, state, todo)
             return
         yield from _side_by_side(context, link, state, state.lengths, stream_put)
 
-    reached = False
-
-    def noting(link: Link) -> Plan[None]:
-        nonlocal reached
-        reached = True
-        yield from body(link)
-
+    largest = int(state.lengths[state.undecided()].max())
     try:
-        if staged is not None:
-            reached = True
-            plan = staged_put(context, staged.link, state, staged.offsets)
-            yield from on_lent_link(context, staged.link, plan)
-        else:
-            yield from on_link(
-                context, Purpose.WRITE, noting, staging_bytes=int(state.lengths.max())
-            )
-    except DeadlineExceeded:
-        # Nothing was sent where no connection was to be had in time.
+        yield from on_link(context, Purpose.WRITE, body, staging_bytes=largest)
+    except (DeadlineExceeded, TransportError):
+        # Nothing was sent where no connection was to be had.
         _settle(state.results, PutResult.TIMEOUT if reached else PutResult.OVERLOADED)
     except Overloaded:
         _settle(state.results, PutResult.OVERLOADED)
-    except TransportError:
-        _settle(state.results, PutResult.TIMEOUT if reached else PutResult.OVERLOADED)
-    _count(context, "put", state.results, _RESULTS)
-    return [_RESULTS[result] for result in state.results.tolist()]
 
 
 def _count(
@@ -153,12 +170,13 @@ def _put_without_staging(context: Context, state: PutState) -> Plan[None]:
 
 
 class StagedSource:
-    """Where the shards of a put lie in a staging that the caller holds."""
+    """Which shards of a put lie in a staging that the caller holds, and at which offsets."""
 
-    __slots__ = ("link", "offsets")
+    __slots__ = ("indices", "link", "offsets")
 
-    def __init__(self, link: Link, offsets: npt.NDArray[np.int64]) -> None:
+    def __init__(self, link: Link, indices: Indices, offsets: npt.NDArray[np.int64]) -> None:
         self.link = link
+        self.indices = indices
         self.offsets = offsets
 
 
