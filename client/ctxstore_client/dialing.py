@@ -111,7 +111,11 @@ class Dialer:
                 endpoint, True, link.hello.node_id, self._data_of(endpoint, link.hello), link
             )
         if not by_unix and mode is not SharedMemory.OFF and link.hello.unix_path:
-            shared = self._shared_route(link.hello, until - monotonic())
+            try:
+                shared = self._shared_route(link.hello, until - monotonic())
+            except BaseException:
+                link.close()
+                raise
             if shared is not None:
                 link.close()
                 return shared
