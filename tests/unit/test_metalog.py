@@ -276,6 +276,33 @@ def test_size_is_bounded_and_a_full_log_says_so() -> None:
     run(scene())
 
 
+def test_a_store_with_a_full_log_still_writes() -> None:
+    async def scene() -> None:
+        world = World()
+        await world.open()
+        wall = world.clock.now().wall_ns
+        refused = 0
+        for seq in range(0, 10_000, 50):
+            batch = rows(MetaKind.TOMBSTONE, *range(seq, seq + 50), at_wall_ns=wall)
+            try:
+                await world.store.append_meta(batch, False)
+            except OutOfSpace:
+                refused += 1
+        assert refused > 10
+        world.seq = 1_000_000
+        reserve = rows(MetaKind.SEQUENCE, 2_000_000)
+        await world.store.append_meta(np.concatenate([reserve, reserve]), True)
+        await world.fill(4)
+        world.forget(0)
+        await world.store.recycle(0)
+        world.crash()
+        assert (await world.open()).seq_floor == 2_000_001
+        await world.check()
+        assert world.disk.total_bytes() <= world.disk_bytes
+
+    run(scene())
+
+
 def test_superseded_records_make_room_without_end() -> None:
     async def scene() -> None:
         disk = SimDisk(3)

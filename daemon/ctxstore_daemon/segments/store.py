@@ -305,7 +305,10 @@ class SegmentStore:
 
     async def append_meta(self, records: RecordArray, sync: bool) -> None:
         """Append META_DTYPE records; with `sync` durable on return. See `MetaLog.append`."""
-        await self._meta.append(records, sync=sync)
+        # Without numbers nothing works any more, and a reservation replaces the one before.
+        vital = records["kind"] == MetaKind.SEQUENCE
+        await self._meta.append(records[vital], sync=sync, vital=True)
+        await self._meta.append(records[~vital], sync=sync)
 
     async def close(self) -> None:
         """Write the footer, sync the meta log, close all files. No other call may be running."""
