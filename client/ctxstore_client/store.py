@@ -289,8 +289,9 @@ class Store:
 
     def close(self) -> None:
         """Close every connection and end every thread; operations of others end as misses."""
+        self._workers.stop()
         self._pool.close()
-        self._workers.close()
+        self._workers.join()
         self._driver.close()
 
     def __enter__(self) -> Self:

@@ -128,7 +128,7 @@ class Workers:
         self._idle = 0
 
     def submit(self, ticket: Ticket[Any]) -> None:
-        """Raises Overloaded when too many wait, ClosedError after `close`."""
+        """Raises Overloaded when too many wait, ClosedError after `stop`."""
         if self._process != os.getpid():
             self._begin()
         with self._condition:
@@ -157,8 +157,8 @@ class Workers:
             ticket.run()
             del ticket
 
-    def close(self) -> None:
-        """Cancel what waits, end what runs, join the threads."""
+    def stop(self) -> None:
+        """Cancel what waits and take no more; what runs goes on."""
         if self._process != os.getpid():
             self._begin()
         with self._condition:
@@ -168,5 +168,8 @@ class Workers:
             self._condition.notify_all()
         for ticket in waiting:
             ticket.cancel()
+
+    def join(self) -> None:
+        """After `stop`: wait until what runs is over and the threads are gone."""
         for thread in self._threads:
             thread.join()

@@ -16,8 +16,10 @@ import pytest
 
 from ctxstore import limits
 from ctxstore.errors import (
+    ClosedError,
     DeadlineExceeded,
     Overloaded,
+    ProtocolError,
 )
 from ctxstore.wire import data as wired
 from ctxstore.wire import messages as wire
@@ -364,3 +366,71 @@ def test_a_cancelled_ticket_is_over_with_the_buffers(node: ScriptedNode, shm: st
         gate.set()
         time.sleep(0.1)
         assert all((buffer == 7).all() for buffer in buffers)
+
+
+def test_a_cancelled_async_ticket_is_over_with_the_buffers(node: ScriptedNode) -> None:
+    node.store(key(1), noise(600_000))
+    gate = threading.Event()
+
+    def hold_data(sock: socket.socket, header: Any, meta: bytes) -> bool:
+        assert gate.wait(10)
+        return False
+
+    node.data_hook = hold_data
+
+    async def main() -> None:
+        async with connect_async(node.tcp_url, shm="off") as store:
+            buffer = np.zeros(600_000, np.uint8)
+            ticket = await store.submit_get([key(1)], [buffer])
+            left_alone = await store.submit_get([key(1)], [np.zeros(600_000, np.uint8)])
+            with pytest.raises(DeadlineExceeded):
+                await ticket.wait(0.05)
+            assert await ticket.cancel()
+            assert await ticket.wait() == [Lookup.TIMEOUT]
+            buffer[:] = 7
+            gate.set()
+            assert await left_alone.wait(10) == [Lookup.HIT]
+            assert (buffer == 7).all()
+            assert not await left_alone.cancel()
+            never_asked_for = await store.submit_get([key(1)], [buffer])
+            assert not never_asked_for.done()
+
+    asyncio.run(main())
+
+
+def test_too_many_tickets_are_overloaded(
+    node: ScriptedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctxstore_client.tickets.TICKETS_MAX", 3)
+    gate = threading.Event()
+    node.hooks[wire.Get] = lambda script, message: gate.wait(10) and script.get_reply(message)
+    with connect(node.unix_url) as store:
+        tickets = [store.submit_get([key(1)], [bytearray(1)]) for _ in range(2)]
+        with contextlib.suppress(Overloaded):
+            while len(tickets) < 20:
+                tickets.append(store.submit_get([key(1)], [bytearray(1)]))
+        assert len(tickets) < 20
+        gate.set()
+        assert all(ticket.wait(10) == [Lookup.MISS] for ticket in tickets)
+    with pytest.raises(ClosedError):
+        store.submit_get([key(1)], [bytearray(1)])
+
+
+def test_tickets_that_wait_are_cancelled_at_close(node: ScriptedNode) -> None:
+    gate = threading.Event()
+    node.hooks[wire.Get] = lambda script, message: gate.wait(10) and None
+    with connect(node.unix_url) as store:
+        tickets = [store.submit_get([key(1)], [bytearray(1)]) for _ in range(12)]
+        store.close()
+        gate.set()
+        results = {ticket.wait(10)[0] for ticket in tickets}
+        assert results <= {Lookup.TIMEOUT, Lookup.MISS}
+
+
+def test_a_broken_operation_raises_where_its_ticket_is_waited_for(node: ScriptedNode) -> None:
+    node.hooks[wire.Get] = lambda script, message: b"\xff" * 64
+    with connect(node.unix_url) as store:
+        ticket = store.submit_get([key(1)], [bytearray(1)])
+        for _ in range(2):
+            with pytest.raises(ProtocolError):
+                ticket.wait(10)

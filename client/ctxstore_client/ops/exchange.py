@@ -53,18 +53,26 @@ def on_link(
     A link that served before may have died since, with its daemon restarted behind it. All plans
     can be begun again: they continue with the keys that have no verdict yet.
     """
+    lost: TransportError | None = None
     while True:
-        link: Link = yield Acquire(purpose, staging_bytes)
+        try:
+            link: Link = yield Acquire(purpose, staging_bytes)
+        except ClosedError:
+            if lost is None:
+                raise
+            # It was the store's close that took the first link away.
+            raise lost from None
         stale = not link.fresh
         try:
             result = yield from body(link)
         except DeadlineExceeded:
             context.pool.discard(link)
             raise
-        except TransportError:
+        except TransportError as error:
             context.pool.discard(link)
             if not stale or context.deadline.remaining_s() <= 0:
                 raise
+            lost = error
             context.pool.count("retries")
         except CtxStoreError as error:
             _part_with(context, link, error)
