@@ -59,12 +59,9 @@ class RawClient:
 
     def greet(self, **changes: Any) -> wire.HelloOk:
         """Say hello and return the answer; descriptors are kept in `fds`."""
-        names = ("version_min", "version_max", "role", "cluster_id", "namespace", "token")
-        names += ("client", "capabilities", "shm", "staging_bytes", "session")
-        fields = dict(zip(("op", "rid", *names), hello_fields(**changes), strict=True))
-        del fields["op"], fields["rid"]
-        fields["role"] = wire.Role(fields["role"])
-        self.sock.sendall(self.wire.send(wire.Hello(self.wire.next_rid(), **fields)))
+        _, _, low, high, role, *rest = hello_fields(**changes)
+        rid = self.wire.next_rid()
+        self.sock.sendall(self.wire.send(wire.Hello(rid, low, high, wire.Role(role), *rest)))
         answer = self.reply()
         assert isinstance(answer, wire.HelloOk), answer
         return answer

@@ -46,8 +46,8 @@ def child(daemon: DaemonProcess, what: str, shm: str) -> Iterator[subprocess.Pop
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout is not None, "a pipe was asked for"
     try:
-        assert process.stdout is not None, "a pipe was asked for"
         assert process.stdout.readline() == "there\n"
         yield process
     finally:
@@ -57,8 +57,8 @@ def child(daemon: DaemonProcess, what: str, shm: str) -> Iterator[subprocess.Pop
 
 
 def state_of(store: Any) -> dict[str, int]:
-    names = ("leases", "leased_bytes", "waiting_puts", "waiting_gets", "staging_bytes")
-    names += ("control_connections", "data_connections")
+    names = ["leases", "leased_bytes", "waiting_puts", "waiting_gets", "staging_bytes"]
+    names += ["control_connections", "data_connections"]
     return {name: figure(store, name) for name in names}
 
 

@@ -222,10 +222,10 @@ def test_a_segment_deleted_or_truncated(killed: Path, tmp_path: Path, size: str)
     else:
         with path.open("r+b") as file:
             file.truncate({"a little": 100, "half": before // 2 + 123}[size])
-    found = verify(directory)
+    checked = verify(directory)
     # Without a header nothing proves that there was data: said, but not called damage.
-    assert found.code == (1 if size == "half" else 0), (found.out, found.err)
-    assert path.name in found.out
+    assert checked.code == (1 if size == "half" else 0), (checked.out, checked.err)
+    assert path.name in checked.out
     with serving(directory) as (daemon, store):
         found = dict(zip(EVERYTHING, hits(store, EVERYTHING), strict=True))
         assert all(found[key] for key in EVERYTHING if key not in mine)

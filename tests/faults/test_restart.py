@@ -110,6 +110,7 @@ def test_staged_buffers_of_a_dead_daemon_can_be_filled_and_are_not_stored(
             daemon.start()
             wait_until_up(store)
             for key, memory in zip(fresh, staged, strict=True):
+                assert memory is not None
                 memory[:] = payload_of(key).data
             results = store.put(fresh, staged, durability="group")
             stored = [r in (PutResult.COMMITTED, PutResult.EXISTS) for r in results]
@@ -117,6 +118,7 @@ def test_staged_buffers_of_a_dead_daemon_can_be_filled_and_are_not_stored(
         assert all(hits(store, KEYS))
         with store.alloc([shard_length(key) for key in fresh]) as staged:
             for key, memory in zip(fresh, staged, strict=True):
+                assert memory is not None
                 memory[:] = payload_of(key).data
             assert set(store.put(fresh, staged)) <= {PutResult.COMMITTED, PutResult.EXISTS}
         assert all(hits(store, fresh))
