@@ -20,6 +20,7 @@ from ctxstore import limits
 from ctxstore.errors import (
     AuthenticationError,
     RemoteProtocolError,
+    StaleView,
     UnknownNamespace,
     VersionMismatch,
     WrongCluster,
@@ -477,3 +478,34 @@ def test_a_million_keys(daemon: DaemonProcess, bystander: Any) -> None:
             assert store.match(np.tile(known, (10_000, 1))) == 1_000_000
             assert time.monotonic() - began < 15
             assert all(hits(bystander, KEYS))
+
+
+def test_a_stop_does_not_wait_for_clients_that_do_nothing(tmp_path: Path) -> None:
+    """Mute, deaf and half-finished ones, and one that reads a view: SIGTERM ends all in time."""
+    soon = ["--set", "node.shutdown_deadline_s=1.5"]
+    with daemon_process(tmp_path / "data", arguments=soon) as daemon, ExitStack() as stack:
+        store = stack.enter_context(connect(daemon.url))
+        put_all(store, KEYS, durability="group")
+        views = store.view(KEYS)
+        views.__enter__()
+        for port in every_port(daemon):
+            stack.enter_context(port())
+        client = stack.enter_context(raw_client(daemon))
+        session = client.greet().session
+        deaf = stack.enter_context(raw_stream(daemon, session))
+        room = np.full(len(KEYS), LENGTH, "<u4").tobytes()
+        deaf.sendall(wire_data.pack_get(1, b"".join(KEYS), room, timeout_us=60_000_000))
+        half = stack.enter_context(raw_stream(daemon, session))
+        half.sendall(wire_data.pack_put(_offer(make_keys(3, 3, LENGTH))))
+        half.sendall(bytes(LENGTH + 100))
+        time.sleep(0.2)
+        began = time.monotonic()
+        assert daemon.stop(timeout_s=20) == 0, daemon.log
+        assert time.monotonic() - began < 1.5 + 3
+        assert "Traceback" not in daemon.log, daemon.log
+        assert not (daemon.directory / "endpoints.json").exists()
+        with pytest.raises(StaleView):
+            views.__exit__(None, None, None)
+        daemon.start()
+        until(lambda: store.exists(KEYS).all(), what="the store answers again")
+        assert all(hits(store, KEYS))
