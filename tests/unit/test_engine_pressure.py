@@ -139,6 +139,22 @@ def test_children_go_before_parents():
     assert shell.exists(range(16)) == [1] * 13 + [0] * 3
 
 
+def test_children_of_a_long_prefix_go_before_its_parents():
+    shell = FakeShell(arena_bytes=18 * MIB, disk_bytes=0)
+    shell.connect()
+    shell.put(list(range(512)), 32 * 1024, depth=list(range(512)))
+    shell.put(list(range(1000, 1100)), 32 * 1024, depth=0)
+    assert shell.exists(range(512)) == [1] * 412 + [0] * 100
+
+
+def test_inline_shards_without_room_in_the_reply_lease_nothing():
+    shell = FakeShell(inline_reply_bytes_max=1500)
+    shell.connect()
+    shell.put([1, 2, 3], lengths=[1000, 1000, 5000])
+    assert shell.get([1, 2, 3]) == [HIT, Lookup.OVERLOADED, HIT]
+    assert shell.machine.stats().leased_bytes == 8192
+
+
 def test_another_slot_class_takes_over_the_memory(shell):
     for n in range(16):
         shell.put([n], MIB)

@@ -157,20 +157,18 @@ class GetsState:
             lengths = lengths * seen
         inline: dict[int, bytes] = {}
         flags = index.flags[rows]
-        if (flags & INLINE).any():
+        inlined = (flags & INLINE) != 0
+        kept = (lengths.astype(np.int64) + _PAGE_MASK) & ~_PAGE_MASK
+        if inlined.any():
             self._take_inline(rows, seen, status, inline)
             all_seen = all_seen and not status.any()
-        kept = (lengths.astype(np.int64) + _PAGE_MASK) & ~_PAGE_MASK
-        if inline:
-            kept[list(inline)] = 0
+            kept[inlined] = 0
         total = int(kept.sum())
         if total > self._leases.left(conn):
             total = self._refuse(conn, kept=kept, status=status, slots=slots, seen=seen)
             all_seen = False
         conn.leased_bytes += total
-        here = slots if all_seen and not inline else slots[slots > 0]
-        if len(here) and not here.all():
-            here = here[here > 0]
+        here = slots if slots.all() else slots[slots > 0]
         if len(here):
             core.slabs.pin_batch(here)
             core.slabs.used_at(here)
@@ -180,11 +178,12 @@ class GetsState:
         answer = AnswerState(rows, status, slots, lengths, index.checksum[rows], inline, total)
         if len(here) + len(inline) == len(hits):
             core.counters.get_hits_memory += len(hits)
-            core.counters.get_hit_bytes += int(lengths[status == 0].sum())
+            hit_lengths = lengths if all_seen else lengths[status == 0]
+            core.counters.get_hit_bytes += int(hit_lengths.sum(dtype=np.int64))
             return answer, None
         need = np.flatnonzero((slots == 0) & (status == 0))
         if inline:
-            need = need[(flags[need] & INLINE) == 0]
+            need = need[~inlined[need]]
         core.counters.get_hits_memory += len(hits) - len(need)
         return answer, need
 
@@ -272,6 +271,7 @@ class GetsState:
             answer.slots[item] = slot
             answer.status[item] = Lookup.HIT
             core.counters.get_hits_nvme += 1
+            core.counters.get_hit_bytes += int(answer.lengths[item])
         else:
             answer.status[item] = Lookup.MISS
             core.counters.get_misses += 1

@@ -168,6 +168,7 @@ class LoadsState:
     def on_reads_done(self, event: ReadsDone) -> None:
         """Bytes are in their slots and verified, or cannot be had."""
         loads = self.reads.pop(event.read_id)
+        arrived: list[int] = []
         for load, status in zip(loads, event.statuses.tolist(), strict=True):
             segment = self._extents.segments.get(load.segment)
             if segment is not None and segment.generation == load.generation:
@@ -176,7 +177,9 @@ class LoadsState:
                 del self.loading[load.row]
                 self._core.index.flags_at[load.row] &= ~LOADING
                 if status == ReadStatus.OK:
-                    self._arrived(load)
+                    self._core.place(load.row, load.slot)
+                    self._core.counters.promoted += 1
+                    arrived.append(load.row)
                 else:
                     self._lost(load, status)
             for waiter, item in load.waiters:
@@ -185,12 +188,10 @@ class LoadsState:
             # Only now: the waiters' own pins keep the slot from here on.
             self._core.slabs.unpin(load.slot)
             self._core.room_changed = True
-
-    def _arrived(self, load: LoadState) -> None:
-        core = self._core
-        core.place(load.row, load.slot)
-        core.enqueue(load.row)
-        core.counters.promoted += 1
+        depth = self._core.index.depth_at
+        for row in sorted(arrived, key=lambda r: -depth[r]):
+            # Children before parents, so that they also leave first.
+            self._core.enqueue(row)
 
     def _lost(self, load: LoadState, status: int) -> None:
         core = self._core

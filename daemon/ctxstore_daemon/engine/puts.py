@@ -326,6 +326,7 @@ class PutsState:
         core = self._core
         index = core.index
         at = 0
+        whole: list[int] = []
         for item, good, checksum in zip(items, ok, sums, strict=True):
             row = operation.rows[item]
             slot = index.slot_at[row]
@@ -343,7 +344,11 @@ class PutsState:
             if not slot:
                 index.set_inline(row, payload)
             index.checksum_at[row] = checksum
-            self._commit(operation, item, row)
+            whole.append(item)
+        depth = operation.depth
+        for item in sorted(whole, key=lambda i: -depth[i]):
+            # Children before parents, so that they also leave memory first.
+            self._commit(operation, item, operation.rows[item])
 
     def _commit(self, operation: PutOperation, item: int, row: int) -> None:
         """The payload is whole: visible now, or after its group's sync."""
