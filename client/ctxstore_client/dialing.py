@@ -75,11 +75,12 @@ class _Wish:
 
 
 class Dialer:
-    """Makes connections to the nodes of one target. Stateless; any thread may use it."""
+    """Makes connections to the nodes of one target. Any thread may use it."""
 
     def __init__(self, target: Target, *, arena_of: ArenaOf) -> None:
         self._target = target
         self._arena_of = arena_of
+        self._shared_once = False
 
     def find_route(self, timeout_s: float) -> Route:
         """Try the endpoints in order. Raises TransportError or DeadlineExceeded when none answers.
@@ -107,6 +108,7 @@ class Dialer:
         kind = LinkKind.READER if share else LinkKind.CONTROL
         link = self._open(endpoint, _Wish(kind, shm=share), timeout_s)
         if share and link.arena is not None:
+            self._shared_once = True
             return Route(
                 endpoint, True, link.hello.node_id, self._data_of(endpoint, link.hello), link
             )
@@ -118,10 +120,13 @@ class Dialer:
                 raise
             if shared is not None:
                 link.close()
+                self._shared_once = True
                 return shared
         if mode is SharedMemory.REQUIRE:
             link.close()
-            raise ConfigError(f"shm='require', but {endpoint} shares no memory with this process")
+            problem = f"shm='require', but {endpoint} shares no memory with this process"
+            # What worked before is no misconfiguration: the node is coming or going.
+            raise TransportError(problem) if self._shared_once else ConfigError(problem)
         return Route(endpoint, False, link.hello.node_id, self._data_of(endpoint, link.hello), link)
 
     def _shared_route(self, hello: HelloOk, timeout_s: float) -> Route | None:
