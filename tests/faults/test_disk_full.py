@@ -6,6 +6,7 @@ The disk is a small tmpfs, which answers ENOSPC like any other file system.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from typing import TYPE_CHECKING
@@ -82,6 +83,10 @@ class TestFileSystemFull:
             assert put_all(store, in_memory, durability="memory") == [PutResult.COMMITTED] * 6
             assert all(hits(store, in_memory)), "memory keeps serving"
             assert daemon.http("/healthz")[0] == 200
+            assert " 0 free" in daemon.http("/readyz")[1]
+            failed = re.search(r"groups_failed\S* (\d+)", daemon.http("/metrics")[1])
+            assert failed is not None
+            assert int(failed[1]) > 0
             filler.unlink()
             again = make_keys(4, 6, 300_000)
 
