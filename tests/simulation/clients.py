@@ -20,7 +20,7 @@ from ctxstore.testing.checkers import (
     find_duplicates,
 )
 from ctxstore.wire.messages import Lookup, PutResult
-from ctxstore_client.ops import arguments, control, lending, transfers
+from ctxstore_client.ops import arguments, calls, control, lending
 from tests.simulation.driver import OperationState, SimDriver, SimPool
 
 if TYPE_CHECKING:
@@ -209,9 +209,8 @@ class Client:
             for key, length in zip(keys, lengths, strict=True)
         ]
 
-    def _columns(self, count: int, ttl_ms: int, level: Level) -> arguments.PutColumns:
-        return arguments.put_columns(
-            count,
+    def _options(self, ttl_ms: int, level: Level) -> calls.PutOptions:
+        return calls.PutOptions(
             ttl_s=ttl_ms / 1000 if ttl_ms else None,
             priority=self._rng.randint(-2, 2),
             durability="group" if level is Level.GROUP else "memory",
@@ -236,11 +235,8 @@ class Client:
         """Put these."""
         attempts = self._begin(keys, lengths, ttl_ms, level)
         buffers = [a.payload().copy() for a in attempts]
-        rows = arguments.key_rows(keys)
-        columns = self._columns(len(keys), ttl_ms, level)
-        results, state = await self.operate(
-            "put", lambda context: transfers.put(context, rows, buffers, columns), timeout_s
-        )
+        plan_for = calls.put_call(keys, buffers, self._options(ttl_ms, level), staged=[])
+        results, state = await self.operate("put", plan_for, timeout_s)
         for buffer in buffers:
             buffer[:] = 0xEE  # the caller's again: a late reader would store this
         self._judge_put(keys, attempts, results, state)
@@ -262,12 +258,8 @@ class Client:
                 array = np.frombuffer(view, np.uint8)
                 array[:] = attempt.payload()
                 arrays.append(array)
-            source = staged.source_of(arrays)
-            rows = arguments.key_rows(keys)
-            columns = self._columns(len(keys), ttl_ms, level)
-            results, state = await self.operate(
-                "put", lambda c: transfers.put(c, rows, arrays, columns, staged=source)
-            )
+            plan_for = calls.put_call(keys, arrays, self._options(ttl_ms, level), staged=[staged])
+            results, state = await self.operate("put", plan_for)
             del arrays[:], array
             self._judge_put(keys, attempts, results, state)
         finally:
@@ -313,11 +305,9 @@ class Client:
             for _ in keys
         ]
         buffers = [np.full(size, ROOM_FILL, np.uint8) for size in room]
-        rows = arguments.key_rows(keys)
         began = self.now_ns()
-        results, state = await self.operate(
-            "get", lambda c: transfers.get_into(c, rows, buffers, exact=False), timeout_s
-        )
+        plan_for = calls.get_call(keys, buffers, exact=False)
+        results, state = await self.operate("get", plan_for, timeout_s)
         if results is None:
             raise HistoryViolation(f"a get raised {state.raised}: it does so only for misuse")
         now = self.now_ns()

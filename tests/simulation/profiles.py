@@ -68,7 +68,20 @@ _PRESSURE: Final = Profile(
     arena_bytes=8 * MIB,
     disk_bytes=12 * MIB,
     keys=90,
-    habits=Habits(sizes=(*LARGE, 1025, 600), group_share=0.5),
+    habits=Habits(
+        sizes=(*LARGE, 1025, 600),
+        weights=(
+            ("put", 36),
+            ("get", 26),
+            ("view", 6),
+            ("exists", 4),
+            ("hold", 12),
+            ("remove", 3),
+            ("flush", 2),
+            ("prefetch", 3),
+            ("touch", 2),
+        ),
+    ),
     full=True,
 )
 _STORM: Final = Profile(
