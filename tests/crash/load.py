@@ -253,7 +253,9 @@ class LoadWorker:
     def _flush(self) -> None:
         keys = self.oracle.keys_of(Fate.VOLATILE)
         self._store.flush(timeout_s=2.0)
-        self.oracle.flushed(keys)
+        if keys:
+            there = self._store.exists(keys).tolist()
+            self.oracle.flushed([key for key, found in zip(keys, there, strict=True) if found])
 
     def _ask(self) -> None:
         keys = self._some_keys(Fate.DURABLE, Fate.ABSENT)

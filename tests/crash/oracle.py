@@ -49,6 +49,8 @@ class ShardState:
     gone_by: float = math.inf
     """Its TTL ends no later."""
     held_until: float = 0.0
+    promise: str = ""
+    """What was acknowledged last, for messages."""
 
 
 class Violation(AssertionError):
@@ -104,6 +106,7 @@ class Oracle:
                 raise Violation(f"{key.hex()} was lost: a put over it was committed")
             state.lives_until, state.gone_by = lives, gone
             state.held_until = 0.0
+        state.promise = f"put {'group' if synced else 'memory'} {result.name} at {now:.3f}"
         if state.tainted:
             state.fate = Fate.UNKNOWN
         elif synced:
@@ -136,10 +139,16 @@ class Oracle:
             state.lives_until = max(state.lives_until, began + ttl_s - SLACK_S)
 
     def flushed(self, keys: Sequence[bytes]) -> None:
-        """A flush that began after these were committed has been acknowledged."""
+        """A flush that began after these were committed was acknowledged, and they are there still.
+
+        Without the second half it could be the flush of a daemon that never had them: it was
+        started after they were lost.
+        """
         for key in keys:
-            if self.shards[key].fate is Fate.VOLATILE:
-                self.shards[key].fate = Fate.DURABLE
+            state = self.shards[key]
+            if state.fate is Fate.VOLATILE:
+                state.fate = Fate.DURABLE
+                state.promise += f", flush at {time.monotonic():.3f}"
 
     def got(self, key: bytes, status: Lookup, buffer: np.ndarray[Any, Any], began: float) -> None:
         """Judge one verdict of a get and its buffer. Raises Violation."""
