@@ -350,7 +350,7 @@ class Pool:
             self._register(state, link)
             if self._closed:
                 self._drop(state, link)
-                raise ClosedError("the store was closed while connecting")
+                raise TransportError("the store was closed while connecting")
             return self._lend(state, link)
 
     def _open(self, state: PoolState, permit: Permit, limit_s: float) -> SocketLink:
@@ -409,7 +409,7 @@ class Pool:
                 state.counts[route.anchor.kind] += 1
                 if self._closed:
                     self._drop(state, route.anchor)
-                    raise ClosedError("the store was closed while connecting")
+                    raise TransportError("the store was closed while connecting")
                 state.route = route
                 if route.shared:
                     route.anchor.idle_since_s = monotonic()

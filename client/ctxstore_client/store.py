@@ -10,7 +10,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from ctxstore.errors import DeadlineExceeded, Overloaded, TransportError
+from ctxstore.errors import ClosedError, DeadlineExceeded, Overloaded, TransportError
 from ctxstore.wire.messages import Lookup, PutResult
 from ctxstore_client.blocking import BlockingDriver, CancelState
 from ctxstore_client.discovery import SharedMemory, Target, resolve_target
@@ -327,7 +327,10 @@ class Store:
         context = self._driver.context(self._timeout_of(timeout_s))
 
         def work(cancel: CancelState) -> T:
-            return self._driver.run(plan_for(context), context, cancel)
+            try:
+                return self._driver.run(plan_for(context), context, cancel)
+            except ClosedError:  # closed before it began, as if it had still been waiting
+                return if_cancelled()
 
         ticket = Ticket(work, if_cancelled)
         self._workers.submit(ticket)
