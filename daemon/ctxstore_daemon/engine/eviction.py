@@ -217,7 +217,7 @@ class S3Fifo(EvictionPolicy):
         self._frequency_at = frequency.data
 
     def touch(self, rows: Rows) -> None:
-        if len(rows) and int(rows.max()) >= self.links.capacity:
+        if self.links.capacity < self.index.capacity:
             self._reserve()
         frequency = self._frequency
         frequency[rows] = np.minimum(frequency[rows] + 1, _FREQUENCY_MAX)

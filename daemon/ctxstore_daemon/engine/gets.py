@@ -17,7 +17,7 @@ from ctxstore.limits import PAGE_BYTES
 from ctxstore.wire import messages as wire
 from ctxstore.wire.messages import Lookup
 from ctxstore_daemon.engine.events import SendShards, StreamGetArrived, StreamGetDone
-from ctxstore_daemon.engine.index import HIT, INLINE, BoolArray, Rows
+from ctxstore_daemon.engine.index import HIT, INLINE, VISIBLE, BoolArray, Rows
 from ctxstore_daemon.engine.loads import LoadsState, LoadWaiter
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _OPEN: Final = 255
 _PAGE_MASK: Final = PAGE_BYTES - 1
+_NO_SUMS: Final = np.zeros(0, np.uint64)
 
 
 @dataclass(slots=True)
@@ -38,6 +39,7 @@ class AnswerState:
     slots: Pages
     lengths: npt.NDArray[np.uint32]
     sums: npt.NDArray[np.uint64]
+    """Only filled for data connections, and where there are inline payloads."""
     inline: dict[int, bytes]
     kept_bytes: int = 0
     """Counted in `leased_bytes` of the connection, pages rounded up."""
@@ -99,8 +101,10 @@ class GetsState:
         core = self._core
         conn = core.conns[conn_id]
         rows = core.index.find_batch(conn.ns, message.keys)
-        seen = core.index.visible(rows, core.now_ns)
-        answer, need = self._look(conn, rows, seen)
+        flags = core.index.flags[rows]
+        seen = (flags & VISIBLE) != 0
+        seen &= core.index.expires_ns[rows] > core.now_ns
+        answer, need = self._look(conn, rows, seen, flags)
         if need is None:
             self._reply(conn_id, message.rid, answer)
         else:
@@ -121,7 +125,8 @@ class GetsState:
         else:
             small = np.flatnonzero(seen & (lengths > event.capacities))
             seen[small] = False
-        answer, need = self._look(conn, rows, seen)
+        answer, need = self._look(conn, rows, seen, core.index.flags[rows])
+        answer.sums = core.index.checksum[rows]
         if len(small):
             answer.status[small] = Lookup.TOO_SMALL
             answer.lengths[small] = lengths[small]
@@ -134,7 +139,7 @@ class GetsState:
             )
 
     def _look(
-        self, conn: ConnState, rows: Rows, seen: BoolArray
+        self, conn: ConnState, rows: Rows, seen: BoolArray, flags: npt.NDArray[np.uint16]
     ) -> tuple[AnswerState, Rows | None]:
         """Answer what can be answered now; the second value names the items that need a promotion.
 
@@ -143,20 +148,19 @@ class GetsState:
         core = self._core
         index = core.index
         n = len(rows)
-        if not n or not seen.any():
+        all_seen = bool(seen.all())
+        if not n or not (all_seen or seen.any()):
             core.counters.get_misses += n
             return self._nothing(rows), None
-        all_seen = bool(seen.all())
         slots = index.slot[rows].astype(np.int64)
         lengths = index.length[rows]
         status = np.zeros(n, np.uint8)
         if not all_seen:
             status[~seen] = Lookup.MISS
-            core.counters.get_misses += int(np.count_nonzero(~seen))
             slots *= seen
             lengths = lengths * seen
+            core.counters.get_misses += int(np.count_nonzero(status))
         inline: dict[int, bytes] = {}
-        flags = index.flags[rows]
         inlined = (flags & INLINE) != 0
         kept = (lengths.astype(np.int64) + _PAGE_MASK) & ~_PAGE_MASK
         if inlined.any():
@@ -169,13 +173,14 @@ class GetsState:
             all_seen = False
         conn.leased_bytes += total
         here = slots if slots.all() else slots[slots > 0]
-        if len(here):
-            core.slabs.pin_batch(here)
-            core.slabs.used_at(here)
-        hits = rows if all_seen else rows[seen & (status == 0)]
+        self._pin(here)
+        found = slice(None) if all_seen else seen & (status == 0)
+        hits = rows[found]
         core.policy.touch(hits)
-        index.flags[hits] |= HIT
-        answer = AnswerState(rows, status, slots, lengths, index.checksum[rows], inline, total)
+        index.flags[hits] = flags[found] | HIT
+        answer = AnswerState(rows, status, slots, lengths, _NO_SUMS, inline, total)
+        if inline:
+            answer.sums = index.checksum[rows]
         if len(here) + len(inline) == len(hits):
             core.counters.get_hits_memory += len(hits)
             hit_lengths = lengths if all_seen else lengths[status == 0]
@@ -187,6 +192,11 @@ class GetsState:
         core.counters.get_hits_memory += len(hits) - len(need)
         return answer, need
 
+    def _pin(self, slots: Pages) -> None:
+        if len(slots):
+            self._core.slabs.pin_batch(slots)
+            self._core.slabs.used_at(slots)
+
     def _nothing(self, rows: Rows) -> AnswerState:
         n = len(rows)
         return AnswerState(
@@ -194,7 +204,7 @@ class GetsState:
             np.full(n, Lookup.MISS, np.uint8),
             np.zeros(n, np.int64),
             np.zeros(n, np.uint32),
-            np.zeros(n, np.uint64),
+            _NO_SUMS,
             {},
         )
 
