@@ -50,7 +50,7 @@ def send(shell, rid, numbers, conn=1, ok=None):
     return None if result is None else result.tolist()
 
 
-def stream_get(shell, numbers, capacity=1 << 20, exact=False, conn=1, timeout_s=1.0):
+def stream_get(shell, numbers, *, capacity=1 << 20, exact=False, conn=1, timeout_s=1.0):
     rid = shell.rid()
     capacities = np.full(len(numbers), capacity, np.uint32)
     keys = b"".join(map(key, numbers))

@@ -111,7 +111,10 @@ class Machine:
             events.Tick: self._tick,
             events.Stopping: self._stopping,
         }
-        self._on_request: dict[type, Callable[[int, Any, int], None]] = {
+        self._on_request = self._request_handlers()
+
+    def _request_handlers(self) -> dict[type, Callable[[int, Any, int], None]]:
+        return {
             wire.Get: self.gets.get,
             wire.Put: self.puts.put,
             wire.Exists: self._exists,
