@@ -1,4 +1,4 @@
-"""Leases: a client's right to mapped slots, from a get's reply to its release.
+"""Leases: a client's right to mapped slots, from the reply to its get until the release.
 
 Owns which lease keeps which slots, and the share of the arena that one connection may keep. It must
 not end a lease by itself while its connection lives: a mapped reader may still look at the slots,
