@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -83,6 +84,7 @@ class NoLosses:
         return Loss.NONE
 
 
+@lru_cache(maxsize=256)
 def payload_of(shard: ShardId, version: int, length: int) -> npt.NDArray[np.uint8]:
     """The bytes of one put: any mix-up of key, namespace, put or length shows in them."""
     text = b"%s|%s|%d|%d" % (shard.namespace.encode(), shard.key, version, length)

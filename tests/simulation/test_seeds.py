@@ -44,7 +44,7 @@ def play(seed: int) -> Report:
     except BaseException as error:
         profile = profile_of(seed).name
         again = f"seed {seed} ({profile}) failed; play it again with: make sim SEED={seed}"
-        print(again, file=sys.stderr)  # noqa: T201 - the one line that matters of a failed run
+        sys.stderr.write(f"{again}\n")
         error.add_note(again)
         raise
 
