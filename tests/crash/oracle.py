@@ -98,8 +98,11 @@ class Oracle:
         if result is PutResult.EXISTS:
             if state.fate is Fate.ABSENT and not state.tainted:
                 raise Violation(f"{key.hex()} exists, but it was removed or never stored")
-            # The longer TTL of what is there and what was put now holds.
-            state.lives_until = max(state.lives_until, lives) if known else lives
+            # The longer TTL of what is there and what was put now holds; for sure if it was synced.
+            if synced:
+                state.lives_until = max(state.lives_until, lives) if known else lives
+            elif not known:
+                state.lives_until = -math.inf
             state.gone_by = max(state.gone_by, gone) if known else math.inf
         else:
             if state.fate is Fate.DURABLE and not state.tainted and now < state.lives_until:
