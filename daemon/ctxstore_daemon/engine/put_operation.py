@@ -28,7 +28,8 @@ class PutOperation(Operation, DurableWaiter):
     __slots__ = (
         "claimed_bytes", "copies", "cost", "depth", "first_of", "group", "lengths", "logs", "names",
         "ns", "offered", "offsets", "open", "priority", "puts", "queued", "raised", "results",
-        "rows", "stream", "todo", "ttl_ms", "was_offered",
+        "rows", "stream", "todo", "ttl_ms", "waited",
+        "was_offered",
     )  # fmt: skip
 
     def __init__(
@@ -64,6 +65,8 @@ class PutOperation(Operation, DurableWaiter):
         self.logs = 0
         self.claimed_bytes = 0
         self.queued = False
+        self.waited = False
+        """Some of it found no room before."""
         self.was_offered = False
         """Stream: an offer with WANTED went out, so a PutFinished has to follow."""
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ctxstore_daemon.engine.room import Room
 
 _STORED: Final = (int(PutResult.COMMITTED), int(PutResult.EXISTS))
+_SLICE_KEYS: Final = 256
 
 
 @dataclass(slots=True)
@@ -130,10 +131,23 @@ class PutsState:
     # ------------------------------------------------------------ looking at keys
 
     def _serve(self, operation: PutOperation) -> bool:
-        """Decide, claim or start waiting for each item to do; False while some have no room."""
+        """Decide, claim or start waiting for each item to do; False while some have no room.
+
+        A put that waits for room is looked at again whenever a group was written: then a slice
+        at a time, so that it does not cost its whole rest. A stream put is offered in one piece.
+        """
+        while operation.todo:
+            sliced = operation.waited and not operation.stream
+            count = _SLICE_KEYS if sliced else len(operation.todo)
+            if not self._serve_slice(operation, count):
+                operation.waited = True
+                return False
+        return True
+
+    def _serve_slice(self, operation: PutOperation, count: int) -> bool:
         fresh: dict[int, list[int]] = {}
         left: list[int] = []
-        while operation.todo:
+        for _ in range(min(count, len(operation.todo))):
             item = operation.todo.popleft()
             if operation.results[item] == OPEN and not self._look(operation, item):
                 length = operation.lengths[item]
@@ -142,7 +156,7 @@ class PutsState:
         claimed: list[int] = []
         for pages, items in fresh.items():
             claimed += self._claim(operation, pages, items, left)
-        operation.todo.extend(sorted(left))
+        operation.todo.extendleft(sorted(left, reverse=True))
         self._log_raised(operation)
         if claimed:
             claimed.sort()
