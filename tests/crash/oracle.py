@@ -96,14 +96,7 @@ class Oracle:
         if result is PutResult.REFUSED:
             raise Violation(f"a put of {key.hex()} was refused although there is room")
         if result is PutResult.EXISTS:
-            if state.fate is Fate.ABSENT and not state.tainted:
-                raise Violation(f"{key.hex()} exists, but it was removed or never stored")
-            # The longer TTL of what is there and what was put now holds; for sure if it was synced.
-            if synced:
-                state.lives_until = max(state.lives_until, lives) if known else lives
-            elif not known:
-                state.lives_until = -math.inf
-            state.gone_by = max(state.gone_by, gone) if known else math.inf
+            self._existed(key, known=known, synced=synced, lives=lives, gone=gone)
         else:
             if state.fate is Fate.DURABLE and not state.tainted and now < state.lives_until:
                 raise Violation(f"{key.hex()} was lost: a put over it was committed")
@@ -116,6 +109,17 @@ class Oracle:
             state.fate = Fate.DURABLE
         elif state.fate is not Fate.DURABLE or result is PutResult.COMMITTED:
             state.fate = Fate.VOLATILE
+
+    def _existed(self, key: bytes, *, known: bool, synced: bool, lives: float, gone: float) -> None:
+        """The longer TTL of what is there and what was put now holds; for sure if it was synced."""
+        state = self.shards[key]
+        if state.fate is Fate.ABSENT and not state.tainted:
+            raise Violation(f"{key.hex()} exists, but it was removed or never stored")
+        if synced:
+            state.lives_until = max(state.lives_until, lives) if known else lives
+        elif not known:
+            state.lives_until = -math.inf
+        state.gone_by = max(state.gone_by, gone) if known else math.inf
 
     def removal_sent(self, keys: Sequence[bytes]) -> None:
         """From here until the answer nothing is known."""
