@@ -67,7 +67,8 @@ _PRESSURE: Final = Profile(
     "pressure",
     arena_bytes=8 * MIB,
     disk_bytes=12 * MIB,
-    keys=90,
+    keys=150,
+    steps=48,
     habits=Habits(
         sizes=(*LARGE, 1025, 600),
         weights=(
@@ -141,7 +142,7 @@ PROFILES: Final = (
         mover_delay_s=0.02,
         habits=Habits(timeouts_s=(2.0, 0.6, 0.03, 0.01, 0.004)),
     ),
-    replace(_PRESSURE, name="tiny", arena_bytes=6 * MIB, keys=30, lease_s_max=0.5, clients=8),
+    replace(_PRESSURE, name="tiny", arena_bytes=6 * MIB, lease_s_max=0.5, clients=8),
     _STORM,
     replace(
         _CALM,
