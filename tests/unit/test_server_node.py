@@ -311,6 +311,20 @@ def test_puts_outside_the_staging_end_the_connection(offset: int, length: int) -
     _with_node(body)
 
 
+def test_a_get_without_a_map_of_the_arena_ends_the_connection() -> None:
+    async def body(node: Node) -> None:
+        peer = Peer(node, _hello(), local=False)
+        peer.take(wire.HelloOk)
+        peer.send(wire.Get(5, 1_000_000, bytes(16)))
+        failure = peer.take(wire.Failure)
+        assert failure.code == RemoteProtocolError.code
+        assert "data connection" in failure.message
+        assert peer.ended
+        assert node.machine.audit() == []
+
+    _with_node(body)
+
+
 def test_stats_are_json_with_every_part() -> None:
     async def body(node: Node) -> None:
         peer = Peer(node, _hello())

@@ -334,6 +334,7 @@ class ControlSession:
         "_wire",
         "conn",
         "ended",
+        "mapped",
         "namespace",
         "staging_bytes",
     )
@@ -356,12 +357,14 @@ class ControlSession:
         self.staging_bytes = 0 if staging is None else len(staging.data)
         self.conn = server.next_conn
         self.ended = False
+        self.mapped = False
         server.next_conn += 1
 
     def open(self, hello: wire.Hello, *, shm: bool) -> bytes:
         """Enter the session everywhere; the frame that answers the hello."""
         server = self._server
         staging = self._staging
+        self.mapped = shm
         server.sessions[self._token] = self
         server.opened_total += 1
         _log.debug("opened", conn=self.conn, client=hello.client, namespace=hello.namespace)
@@ -440,6 +443,10 @@ class ControlSession:
         server.requests[kind] = server.requests.get(kind, 0) + 1
         if kind is wire.Put:
             self._check_put(cast("wire.Put", message))
+        elif kind is wire.Get and not self.mapped:
+            raise RemoteProtocolError(
+                "GET: this connection maps no arena; ask on a data connection"
+            )
         elif kind is wire.Ping:
             self.deliver(wire.CountReply(message.rid, 0))
             return
