@@ -74,6 +74,8 @@ class Seams:
     token_bytes: Callable[[int], bytes]
     about_arena: Callable[[], dict[str, Any]] = dict
     """More figures of the arena for the statistics: which pages were obtained."""
+    about_disk: Callable[[], dict[str, Any]] = dict
+    """Figures of the disk for the statistics: which I/O engine was obtained."""
 
 
 class Node:
@@ -247,6 +249,7 @@ class Node:
         figures: dict[str, Any] = {
             "phase": self.phase.value,
             "arena": {"populated_bytes": arena.populated_bytes} | self._seams.about_arena(),
+            "disk": self._seams.about_disk(),
         }
         if self._server is None or self._store is None:
             return figures

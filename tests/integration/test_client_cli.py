@@ -47,6 +47,7 @@ def test_status_for_people(daemon: DaemonProcess, capsys: pytest.CaptureFixture[
     assert daemon.url in out
     assert "10 of at most" in out
     assert "serving" in out
+    assert "preadv threads" in out
 
 
 def test_status_for_tools(daemon: DaemonProcess, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,6 +55,8 @@ def test_status_for_tools(daemon: DaemonProcess, capsys: pytest.CaptureFixture[s
     (node,) = json.loads(capsys.readouterr().out)["nodes"]
     assert node["reachable"] is True
     assert node["node"]["engine"]["entries"] == 10
+    assert node["node"]["disk"]["io_engine"] == "preadv threads"
+    assert isinstance(node["node"]["disk"]["direct_io"], bool)
     assert node["ping_us"] > 0
 
 

@@ -81,6 +81,7 @@ def test_without_direct_io_files_are_opened_buffered(
         for name in ("a", "b"):
             file = await disk.open(name, create=True)
             assert not file.direct
+            assert disk.about()["direct_io"] is False
             data = _pattern(3)
             await file.pwritev([data], 0)
             found = aligned_zeros(len(data))
@@ -107,6 +108,7 @@ def test_direct_io_refused_at_the_first_transfer_falls_back(
         monkeypatch.setattr(os, "pwritev", refuse)
         assert await file.pwritev([_pattern(2)], 0) == 8192
         assert not file.direct
+        assert disk.about()["direct_io"] is False
         await file.close()
 
     _run(scene, tmp_path)

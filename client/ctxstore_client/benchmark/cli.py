@@ -88,12 +88,16 @@ class _Report:
         self._as_json = as_json
         self._rows: dict[str, dict[str, Any]] = {}
         self.node: dict[str, Any] = {}
+        """Page size and I/O engine obtained, known before the first row."""
 
     def progress(self, text: str) -> None:
         sys.stderr.write(f"\r\033[K{text}" if sys.stderr.isatty() else f"{text}\n")
         sys.stderr.flush()
 
     def add(self, row: Row) -> None:
+        # A figure from 4 KiB pages must say so wherever the row is quoted.
+        row.extra.setdefault("pages", self.node["pages"])
+        row.extra.setdefault("io_engine", self.node["io_engine"])
         self._rows[row.key] = row.as_json()
         if self._as_json:
             return
@@ -177,4 +181,4 @@ def _node_facts(node: BenchNode) -> dict[str, Any]:
     """Page size and I/O engine obtained: figures mean nothing without them."""
     with ctxstore_client.connect(node.address) as store:
         told = store.stats()["node"]
-    return {"version": told["node"]["version"], "disk": told.get("disk", {}), **told["arena"]}
+    return {"version": told["node"]["version"], **told["disk"], **told["arena"]}

@@ -121,7 +121,7 @@ class Versus:
         rates = [sample.gb_per_s for sample in self.subject]
         ceilings = [sample.gb_per_s for sample in self.ceiling]
         ratios = [rate / top for rate, top in zip(rates, ceilings, strict=True)]
-        extra.setdefault("best_ratio", round(max(rates) / max(ceilings), 4))
+        extra.setdefault("best_ratio", round(max(ratios), 4))
         return Row(
             key,
             round(statistics.median(rates), 4),

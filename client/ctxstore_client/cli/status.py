@@ -91,7 +91,7 @@ def _table(found: dict[str, Any]) -> str:
         ("up for", _duration(about.get("uptime_s"))),
         ("shards", _shards(engine)),
         ("memory", _used(engine, "arena_used_bytes", "arena_bytes", _part(node, "arena"))),
-        ("disk", _disk(engine)),
+        ("disk", _disk(engine, _part(node, "disk"))),
         ("held", f"{engine.get('holds', 0)} shards, {_size(engine.get('held_bytes'))}"),
         ("leased", f"{engine.get('leases', 0)} leases, {_size(engine.get('leased_bytes'))}"),
         ("connections", _connections(server)),
@@ -132,10 +132,12 @@ def _used(engine: dict[str, Any], used: str, total: str, arena: dict[str, Any]) 
     return f"{_size(engine.get(used))} of {_size(engine.get(total))} used, {pages} pages"
 
 
-def _disk(engine: dict[str, Any]) -> str:
+def _disk(engine: dict[str, Any], about: dict[str, Any]) -> str:
+    how = f", by {about.get('io_engine', '?')}"
+    how += "" if about.get("direct_io", True) else " through the page cache (no O_DIRECT)"
     state = "" if engine.get("disk_ok", True) else ", FAILED: nothing is written any more"
     free, usable = engine.get("segments_free", 0), engine.get("segments_usable", 0)
-    return f"{usable - free} of {usable} segments used{state}"
+    return f"{usable - free} of {usable} segments used{how}{state}"
 
 
 def _connections(server: dict[str, Any]) -> str:

@@ -162,6 +162,7 @@ class RealFile:
         flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
         fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         self._direct = False
+        self._disk.note_no_direct()
         _LOG.warning("no_direct_io file=%s effect=slower_reads_and_page_cache", self._name)
         return _transfer_all(call, self._fd, buffers, offset)
 
@@ -184,7 +185,17 @@ class RealDisk:
     ) -> None:
         self._path = directory
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ctxstore-disk")
+        self._threads = threads
         self._direct_refused = not direct
+
+    def note_no_direct(self) -> None:
+        """A file took O_DIRECT at open and refused it at the first transfer."""
+        self._direct_refused = True
+
+    def about(self) -> dict[str, Any]:
+        """Which engine moves the bytes, and whether it goes round the page cache."""
+        direct = not self._direct_refused
+        return {"io_engine": "preadv threads", "io_threads": self._threads, "direct_io": direct}
 
     async def open(self, name: str, *, create: bool = False, direct: bool = True) -> RealFile:
         """See `Disk.open`. Where the file system has no O_DIRECT the file is opened without."""

@@ -130,6 +130,7 @@ class _Daemon:
                 rng=system_rng(),
                 token_bytes=os.urandom,
                 about_arena=self._about_arena,
+                about_disk=self._disk.about,
             ),
         )
 

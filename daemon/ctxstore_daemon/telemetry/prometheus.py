@@ -44,6 +44,7 @@ GAUGES: Final[Mapping[str, str]] = {
     "server.staging_bytes": "Staging handed out to clients.",
     "server.staging_bytes_max": "Most staging of all clients together.",
     "arena.huge_page_bytes": "Bytes of the arena that stand on 2 MiB pages.",
+    "disk.direct_io": "1 where reads and writes go round the page cache.",
     "node.uptime_s": "Seconds since the node was started.",
 }
 """Figures that go up and down, by their place in the statistics."""
