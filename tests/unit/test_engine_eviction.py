@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ctxstore_daemon.engine.eviction import Lru, S3Fifo
+from ctxstore_daemon.engine.eviction import LEVELS, Lru, S3Fifo, level_of
 from ctxstore_daemon.engine.index import IndexState
 from tests.unit.engine_shell import key
 
@@ -49,6 +49,30 @@ def test_lower_priority_goes_first(policy):
     index, made, rows = make(policy, 100, priority=np.arange(100) % 3 - 1)
     gone = made.victims(CLASS, 100, anything)
     assert index.priority[gone].tolist() == sorted(index.priority[rows].tolist())
+
+
+@pytest.mark.parametrize("policy", [S3Fifo, Lru])
+def test_every_priority_there_is_costs_no_more_queues(policy):
+    priorities = np.arange(-(2**15), 2**15)
+    np.random.default_rng(1).shuffle(priorities)
+    index, made, rows = make(policy, len(priorities), priority=priorities)
+    per_level = {S3Fifo: 2, Lru: 1}[policy]
+    assert len(made.queues) == 1 + LEVELS * per_level
+    made.insert(index.allocate(0, key(99_999)), CLASS + 1)
+    assert len(made.queues) == 1 + 2 * LEVELS * per_level, "one set for each class"
+    gone: list[int] = []
+    while found := made.victims(CLASS, 1000, anything):
+        gone += found
+    assert sorted(gone) == rows
+    levels = [level_of(priority) for priority in index.priority[gone].tolist()]
+    assert levels == sorted(levels)
+
+
+def test_levels_follow_the_order_of_priorities():
+    levels = [level_of(priority) for priority in range(-(2**15), 2**15)]
+    assert levels == sorted(levels)
+    assert set(levels) == set(range(LEVELS))
+    assert len({level_of(priority) for priority in (-4, -2, -1, 0, 1, 2, 4)}) == 7
 
 
 @pytest.mark.parametrize("policy", [S3Fifo, Lru])

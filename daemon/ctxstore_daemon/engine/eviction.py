@@ -1,9 +1,9 @@
 """Which shards leave memory first.
 
-Owns the queues of rows that are in memory, one set per slot class and priority: lower priorities
-always go first, and among what is due together the deeper chunk goes before its parent. It must not
-free anything: it names victims, and asks the caller whether a row may go now (pins, leases,
-unwritten data).
+Owns the queues of rows that are in memory, one set per slot class and level of priority: lower
+levels always go first, and among what is due together the deeper chunk goes before its parent. It
+must not free anything: it names victims, and asks the caller whether a row may go now (pins,
+leases, unwritten data).
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ Evictable = Callable[[int], bool]
 INLINE_CLASS: Final = 0
 """Queue class of inline rows, which have no slot."""
 
+_LEVEL_MAX: Final = 15
+LEVELS: Final = 2 * _LEVEL_MAX + 1
+"""Levels of priority: clients choose priorities freely, and each level costs queues."""
+
 _FREQUENCY_MAX: Final = 3
 _SMALL_FRACTION: Final = 0.1
 _WINDOW: Final = 32
@@ -35,6 +39,14 @@ _GHOSTS_MAX: Final = 65_536
 """Remembered keys; about 200 bytes each."""
 
 
+def level_of(priority: int) -> int:
+    """Level of a priority, 0 to LEVELS - 1: by sign and power of two, so 0 and ±1 stand alone, ±2
+    and ±3 go together, ±4 to ±7, and so on.
+    """
+    size = min(abs(priority).bit_length(), _LEVEL_MAX)
+    return _LEVEL_MAX + (size if priority > 0 else -size)
+
+
 class LinksState:
     """Doubly linked rows, for all queues of a policy: a row is in at most one."""
 
@@ -44,7 +56,7 @@ class LinksState:
         self.capacity = 0
         self._after = np.zeros(0, np.int32)
         self._before = np.zeros(0, np.int32)
-        self._queue = np.zeros(0, np.uint16)
+        self._queue = np.zeros(0, np.uint32)
         self.reserve(1)
 
     def reserve(self, capacity: int) -> None:
@@ -168,7 +180,7 @@ class EvictionPolicy(ABC):
 
 
 class _Level:
-    """The two queues of one (class, priority) of S3-FIFO."""
+    """The two queues of one (class, level) of S3-FIFO."""
 
     __slots__ = ("main", "small")
 
@@ -187,7 +199,7 @@ class S3Fifo(EvictionPolicy):
 
     def __init__(self, index: IndexState) -> None:
         super().__init__(index)
-        self._levels: dict[int, dict[int, _Level]] = {}
+        self._levels: dict[int, list[_Level]] = {}
         self._frequency = np.zeros(1, np.uint8)
         self._frequency_at = self._frequency.data
         self._ghosts: OrderedDict[tuple[int, bytes], None] = OrderedDict()
@@ -195,12 +207,11 @@ class S3Fifo(EvictionPolicy):
     def insert(self, row: int, slot_class: int) -> None:
         if row >= self.links.capacity:
             self._reserve()
-        levels = self._levels.setdefault(slot_class, {})
-        priority = self.index.priority_at[row]
-        level = levels.get(priority)
-        if level is None:
-            level = levels[priority] = _Level(self._new_queue(), self._new_queue())
-            self._levels[slot_class] = dict(sorted(levels.items()))
+        levels = self._levels.get(slot_class)
+        if levels is None:
+            levels = [_Level(self._new_queue(), self._new_queue()) for _ in range(LEVELS)]
+            self._levels[slot_class] = levels
+        level = levels[level_of(self.index.priority_at[row])]
         self._frequency_at[row] = 0
         ghost = (self.index.ns_at[row], self.index.key(row))
         if ghost in self._ghosts:
@@ -224,8 +235,8 @@ class S3Fifo(EvictionPolicy):
 
     def victims(self, slot_class: int, count: int, evictable: Evictable) -> list[int]:
         chosen: list[int] = []
-        for level in self._levels.get(slot_class, {}).values():
-            while len(chosen) < count:
+        for level in self._levels.get(slot_class, ()):
+            while len(chosen) < count and (level.small.count or level.main.count):
                 found = self._due(level, count - len(chosen), evictable)
                 if not found:
                     break
@@ -280,16 +291,14 @@ class Lru(EvictionPolicy):
 
     def __init__(self, index: IndexState) -> None:
         super().__init__(index)
-        self._levels: dict[int, dict[int, QueueState]] = {}
+        self._levels: dict[int, list[QueueState]] = {}
 
     def insert(self, row: int, slot_class: int) -> None:
         self.links.reserve(self.index.capacity)
-        levels = self._levels.setdefault(slot_class, {})
-        priority = self.index.priority_at[row]
-        if priority not in levels:
-            levels[priority] = self._new_queue()
-            self._levels[slot_class] = dict(sorted(levels.items()))
-        self._levels[slot_class][priority].push(row)
+        levels = self._levels.get(slot_class)
+        if levels is None:
+            levels = self._levels[slot_class] = [self._new_queue() for _ in range(LEVELS)]
+        levels[level_of(self.index.priority_at[row])].push(row)
 
     def touch(self, rows: Rows) -> None:
         for row in rows.tolist():
@@ -299,7 +308,7 @@ class Lru(EvictionPolicy):
 
     def victims(self, slot_class: int, count: int, evictable: Evictable) -> list[int]:
         chosen: list[int] = []
-        for queue in self._levels.get(slot_class, {}).values():
+        for queue in self._levels.get(slot_class, ()):
             due: list[int] = []
             row = queue.oldest
             for _ in range(min(queue.count, _SCAN_MAX)):
