@@ -89,6 +89,8 @@ class ReclaimState:
 
     def pump(self) -> None:
         """Go on as far as possible now."""
+        if self._survivors and self._writeback.blocked and not self._extents.free:
+            self._give_way()
         if self.phase is ReclaimPhase.IDLE:
             self._maybe_start()
         reads = self._reads
@@ -124,6 +126,16 @@ class ReclaimState:
         self._survivors = []
         self._to_drop = []
         self._core.entries_wanted = False
+
+    def _give_way(self) -> None:
+        """The disk filled up under this reclaim: survivors would wait for room that only a reclaim
+        can make. Begin again with a segment that keeps nothing, if there is one.
+        """
+        if self.phase not in (ReclaimPhase.READING, ReclaimPhase.WRITING):
+            return
+        assert self.segment is not None, "a reclaim without segment"
+        if self._without_holds() is not None:
+            self.segment_gone(self.segment.segment)
 
     # ------------------------------------------------------------ start
 
