@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -412,13 +412,15 @@ class OperationState:
     """The node answered a request with a Failure."""
     raised: str = ""
     """What the caller got instead of a result."""
+    links: list[SimLink] = field(default_factory=list)
     silent: str = ""
     """The node gave no answer although nothing kept it from doing so."""
 
     @property
     def clean(self) -> bool:
-        """Whether the result is what the node said."""
-        return not self.disturbed and not self.declined
+        """Whether the result is what the node said: nothing broke, and its leases held so long."""
+        ended = any(link.end.closed or link.end.peer.closed for link in self.links)
+        return not self.disturbed and not self.declined and not ended
 
 
 class SimDriver:
@@ -455,7 +457,10 @@ class SimDriver:
         deadline = context.deadline
         match request:
             case Acquire():
-                return await self.pool.acquire(request, deadline)
+                link = await self.pool.acquire(request, deadline)
+                if link is not None:
+                    state.links.append(link)
+                return link
             case Send(link=link, frame=frame):
                 self._send(link, (_link(link).take_deferred(), frame))
             case SendBuffers(link=link, buffers=buffers):

@@ -119,6 +119,7 @@ PROFILES: Final = (
         eio_every_s=0.4,
         read_faults=True,
         write_faults=True,
+        full=True,  # each failed sync retires a segment
         arena_bytes=8 * MIB,
         habits=Habits(sizes=(*LARGE, 9000, 500)),
         keys=80,

@@ -175,7 +175,9 @@ class DeviceWatch:
                 return Loss.FAULT
         if self._given_up and not (births and births[-1].places):
             return Loss.FAULT
-        if self._reclaimed.get(shard, (-1, 0))[0] >= since_ns:
+        reclaimed_ns, birth = self._reclaimed.get(shard, (-1, 0))
+        # What stays in memory when its segment is reclaimed may go at any later time.
+        if reclaimed_ns >= since_ns or birth in sorted(self._shards.get(shard, ()))[-2:]:
             return Loss.RECLAIMED
         return Loss.NONE
 
