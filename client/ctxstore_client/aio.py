@@ -128,6 +128,7 @@ class _AsyncExecution:
 
     async def acquire(self, want: Acquire) -> SocketLink | None:
         """A link of the pool, dialled in a thread if need be."""
+        self._remaining_s("a connection")  # else a good link would be taken only to be dropped
         woken: asyncio.Event | None = None
         searched = False
         while True:
@@ -163,16 +164,27 @@ class _AsyncExecution:
         return wake
 
     async def _dial(self, permit: Permit) -> SocketLink | None:
-        dialing = self._driver.dial_in_thread(permit, self._remaining_s("a connection"))
         try:
-            return await asyncio.shield(dialing)
-        except asyncio.CancelledError:
-            # The connection that nobody waits for any more serves the next operation.
-            dialing.add_done_callback(self._keep_for_others)
+            remaining = self._remaining_s("a connection")
+            dialing = self._driver.dial_in_thread(permit, remaining)
+        except BaseException:
+            self._pool.give_up(permit)
+            raise
+        try:
+            # All threads may be busy: the dial's own limit runs only once it has one.
+            async with asyncio.timeout(remaining):
+                return await asyncio.shield(dialing)
+        except BaseException as error:
+            dialing.add_done_callback(lambda done: self._keep_for_others(done, permit))
+            if isinstance(error, TimeoutError) and not isinstance(error, DeadlineExceeded):
+                raise DeadlineExceeded("no connection was made in time") from error
             raise
 
-    def _keep_for_others(self, dialing: asyncio.Future[SocketLink | None]) -> None:
-        if not dialing.cancelled() and dialing.exception() is None:
+    def _keep_for_others(self, dialing: asyncio.Future[SocketLink | None], permit: Permit) -> None:
+        """The connection that nobody waits for any more serves the next operation."""
+        if dialing.cancelled():
+            self._pool.give_up(permit)  # unless dialling had begun
+        elif dialing.exception() is None:
             link = dialing.result()
             if link is not None:
                 self._pool.give_back(link)

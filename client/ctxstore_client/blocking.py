@@ -193,6 +193,7 @@ class _Execution:
 
     def acquire(self, want: Acquire) -> SocketLink | None:
         """A link of the pool, dialled here if need be."""
+        self._remaining_s("a connection")  # else a good link would be taken only to be dropped
         woken: threading.Event | None = None
         searched = False
         while True:
@@ -204,7 +205,7 @@ class _Execution:
             if isinstance(found, Permit):
                 found.searched = searched
                 searched = searched or isinstance(found, Resolve)
-                link = self._pool.dial(found, self._remaining_s("a connection"))
+                link = self._dial(found)
                 if link is not None:
                     return link
             elif want.spare:
@@ -217,6 +218,13 @@ class _Execution:
                 raise DeadlineExceeded("no connection became free in time")
             if self._cancel is not None and self._cancel.cancelled:
                 raise DeadlineExceeded("the operation was cancelled")
+
+    def _dial(self, permit: Permit) -> SocketLink | None:
+        try:
+            return self._pool.dial(permit, self._remaining_s("a connection"))
+        except BaseException:
+            self._pool.give_up(permit)  # unless dialling had begun
+            raise
 
     def send(self, request: Send) -> None:
         """Send a frame behind what was deferred."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ctxstore import limits
 from ctxstore.errors import ClosedError, DeadlineExceeded, TransportError
+from ctxstore_client.breaker import BreakerState, CircuitOpen
 from ctxstore_client.dialing import Dialer, Route
 from ctxstore_client.links import LinkKind, SocketLink
 from ctxstore_client.memory import ArenaMap, LocalBuffers
@@ -49,11 +50,6 @@ FLUSH_AFTER_S: Final = 0.02
 KEEPER_ROUNDS: Final = 50
 """Rounds without work after which the keeper sleeps: waking it costs its waker dearly."""
 
-BACKOFF_S_MIN: Final = 0.02
-BACKOFF_S_MAX: Final = 1.0
-BREAKER_FAILURES: Final = 3
-"""Failures in a row after which nobody is made to wait for another try."""
-
 DIAL_S_MAX: Final = 2.0
 """Longest wait for a connection and its hello, however patient the caller is."""
 
@@ -67,7 +63,7 @@ _inherited: list[object] = []
 class Permit:
     """The right to open one connection, within the bound of its kind."""
 
-    __slots__ = ("kind", "process", "searched", "staging_bytes")
+    __slots__ = ("kind", "process", "searched", "spent", "staging_bytes")
 
     def __init__(self, kind: LinkKind, staging_bytes: int, process: int) -> None:
         self.kind = kind
@@ -75,10 +71,8 @@ class Permit:
         self.process = process
         self.searched = False
         """Set by a driver whose search for the route has just succeeded."""
-
-
-class CircuitOpen(TransportError):
-    """Nothing was tried: the node failed just now."""
+        self.spent = False
+        """Whether `dial` began with it, or it was given up."""
 
 
 class _StaleRoute(TransportError):
@@ -87,33 +81,6 @@ class _StaleRoute(TransportError):
 
 class Resolve(Permit):
     """The right to find the route first, for one who does not know yet which kind serves."""
-
-
-@dataclass(slots=True)
-class BreakerState:
-    """Failures in a row, and until when nobody tries again."""
-
-    failures: int = 0
-    closed_at_s: float = 0.0
-    reason: str = "no answer in time"
-
-    def fail(self, now_s: float) -> None:
-        """Back off exponentially, with jitter so that many clients do not return at once."""
-        self.failures += 1
-        delay = min(BACKOFF_S_MAX, BACKOFF_S_MIN * 2 ** min(self.failures - 1, 16))
-        self.closed_at_s = now_s + delay * (0.5 + random() / 2)
-
-    def time_out(self, now_s: float) -> None:
-        """A connection stood and nothing came: only several of these say something of the node."""
-        if self.failures + 1 >= BREAKER_FAILURES:
-            self.fail(now_s)
-        else:
-            self.failures += 1
-
-    def succeed(self) -> None:
-        """A connection was made, or an operation answered."""
-        self.failures = 0
-        self.closed_at_s = 0.0
 
 
 @dataclass(slots=True)
@@ -132,7 +99,7 @@ class PoolState:
     lent: set[SocketLink] = field(default_factory=set)
     waiters: deque[Callable[[], None]] = field(default_factory=deque)
     arenas: dict[bytes, ArenaMap] = field(default_factory=dict)
-    breaker: BreakerState = field(default_factory=BreakerState)
+    breaker: BreakerState = field(default_factory=lambda: BreakerState(random))
     buffers: LocalBuffers = field(default_factory=LocalBuffers)
     keeper: threading.Thread | None = None
     keeper_awake: bool = False
@@ -235,12 +202,11 @@ class Pool:
         return None
 
     def _check_breaker(self, state: PoolState) -> None:
-        breaker = state.breaker
-        if breaker.failures and monotonic() < breaker.closed_at_s:
+        try:
+            state.breaker.check(monotonic())
+        except CircuitOpen:
             self.count("refused_by_breaker")
-            raise CircuitOpen(
-                f"failed {breaker.failures} times in a row, trying again soon: {breaker.reason}"
-            )
+            raise
 
     def hold(self, link: Link) -> None:
         """Set a lent link apart for an allocation: operations get it by `Acquire.exactly` only."""
@@ -320,6 +286,19 @@ class Pool:
 
     # ------------------------------------------------------------ connecting
 
+    def give_up(self, permit: Permit) -> None:
+        """`dial` will not be called: somebody else may connect. No effect once it was."""
+        state = self._current()
+        with state.lock:
+            if permit.spent or permit.process != state.process:
+                return
+            permit.spent = True
+            if not isinstance(permit, Resolve):
+                state.counts[permit.kind] -= 1
+            waiters = self._take_waiters(state)
+        for wake in waiters:
+            wake()
+
     def dial(self, permit: Permit, timeout_s: float) -> SocketLink | None:
         """Open what the permit allows; blocks. None: the route was found, check out again.
 
@@ -328,6 +307,10 @@ class Pool:
         state = self._current()
         if permit.process != state.process:
             raise TransportError("forked while connecting")
+        with state.lock:
+            if permit.spent:
+                raise TransportError("the right to connect was given up")
+            permit.spent = True
         limit_s = min(timeout_s, DIAL_S_MAX)
         try:
             if isinstance(permit, Resolve):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctxstore import limits
+from ctxstore_client.breaker import BACKOFF_S_MAX, BREAKER_FAILURES, BreakerState
 from ctxstore_client.ops.arguments import addresses, put_columns
 from ctxstore_client.ops.batches import (
     RingState,
@@ -20,7 +21,6 @@ from ctxstore_client.ops.batches import (
     staged_sizes,
 )
 from ctxstore_client.ops.transfers import STREAM_BYTES_MIN, split_evenly
-from ctxstore_client.pool import BACKOFF_S_MAX, BREAKER_FAILURES, BreakerState
 
 PAGE = limits.PAGE_BYTES
 
@@ -126,7 +126,7 @@ def test_options_of_a_put_as_columns() -> None:
 
 @pytest.mark.parametrize("failures", [1, 2, 5, 40])
 def test_backoff_grows_and_is_bounded(failures: int) -> None:
-    breaker = BreakerState()
+    breaker = BreakerState(lambda: 0.5)
     for _ in range(failures):
         breaker.fail(100.0)
     assert 100.0 < breaker.closed_at_s <= 100.0 + BACKOFF_S_MAX
@@ -135,7 +135,7 @@ def test_backoff_grows_and_is_bounded(failures: int) -> None:
 
 
 def test_single_time_outs_do_not_open_the_circuit() -> None:
-    breaker = BreakerState()
+    breaker = BreakerState(lambda: 0.5)
     for _ in range(BREAKER_FAILURES - 1):
         breaker.time_out(100.0)
     assert breaker.closed_at_s == 0.0
