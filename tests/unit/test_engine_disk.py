@@ -91,6 +91,26 @@ def test_all_segments_retired_leaves_a_memory_only_node(shell):
     assert shell.exists([20, 79]) == [0, 1]
 
 
+def test_a_put_waiting_for_room_goes_on_when_the_disk_dies():
+    shell = FakeShell(arena_bytes=18 * MIB, dirty_fraction=1.0, group_shards_max=1)
+    shell.connect()
+    shell.connect(2)
+    shell.hold_back = (events.WriteGroup,)
+    assert shell.put(list(range(8)), MIB) == [COMMITTED] * 8
+    assert shell.put(list(range(8, 16)), MIB) == [COMMITTED] * 8
+    assert shell.put(list(range(100, 104)), MIB) is None
+    waiting = shell._rid
+    group = next(i for i in shell.pending if isinstance(i, events.WriteGroup))
+    shell.pending.clear()
+    (written,) = group.batch.records["key"].tobytes()[15::16]
+    assert shell.get([written], conn=2) == [HIT], "the shard of the group itself may not go"
+    shell.event(events.SegmentsChanged(free=0, usable=0))
+    shell.event(events.GroupFailed(group.group_id, full=False, reason="EIO"))
+    assert (1, waiting) in shell.replies, "all others may be evicted now"
+    assert shell.replies[1, waiting][0].result_column.tolist() == [COMMITTED] * 4
+    shell.audit()
+
+
 def test_group_put_over_a_memory_copy_is_refused_when_the_disk_failed(shell):
     shell.put([1])
     shell.event(events.SegmentsChanged(0, 0))

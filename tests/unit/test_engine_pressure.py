@@ -233,6 +233,65 @@ def test_get_waits_for_room_and_is_overloaded_without(shell):
     assert shell.check_get(reply, [1]) == [HIT]
 
 
+def _full_of_leases(shell, *, small=False):
+    """Shards 1 (2 MiB) and 2, 3 (8 KiB) are on nvme only, and what is in memory may not go; with
+    `small`, there are free slots for 8 KiB.
+    """
+    shell.put([1], 2 * MIB, durability=Durability.GROUP)
+    shell.put([2, 3], 8192, durability=Durability.GROUP)
+    for row in (1, 2, 3):
+        shell.machine.core.evict(row)
+    if small:
+        shell.put([4], 8192)
+        assert shell.get([4]) == [HIT]
+    numbers = range(10, 24 if small else 26)
+    for n in numbers:
+        assert shell.put([n], MIB, durability=Durability.GROUP) == [COMMITTED]
+    shell.connect(2)
+    shell.connect(3)
+    half = len(numbers) // 2
+    kept = []
+    for conn, part in ((1, numbers[:half]), (2, numbers[half:])):
+        assert shell.get(list(part), conn=conn) == [HIT] * half
+        kept.append(shell.last_get)
+    return kept[0]
+
+
+def test_a_get_goes_before_a_prefetch_that_waits_for_room(shell):
+    kept = _full_of_leases(shell)
+    prefetch = wire.Prefetch(shell.rid(), 0, b"".join(map(key, [1, 2])), 5_000_000)
+    assert shell.request(prefetch)[0].count == 2
+    assert shell.get([3], conn=3, timeout_s=5.0) is None
+    waiting = shell._rid
+    shell.hold_back = (events.ReadExtents,)
+    shell.release(1, reply=kept)
+    reads = [i.lengths.tolist() for i in shell.pending if isinstance(i, events.ReadExtents)]
+    assert reads[0][0] == 8192, "the get is served first"
+    shell.let_go()
+    assert shell.check_get(shell.replies[3, waiting][0], [3]) == [HIT]
+    assert shell.machine.core.index.slot[1], "the prefetch is served afterwards"
+    assert not shell.machine.loads.waiting
+
+
+def test_a_prefetch_goes_on_when_the_get_before_it_gives_up(shell):
+    _full_of_leases(shell, small=True)
+    assert shell.get([1], conn=3, timeout_s=0.5) is None
+    prefetch = wire.Prefetch(shell.rid(), 0, key(2), 5_000_000)
+    assert shell.request(prefetch)[0].count == 1
+    assert not shell.machine.core.index.slot[2], "a get waits for room"
+    shell.advance(S)
+    assert shell.machine.core.index.slot[2]
+
+
+def test_one_slot_class_without_room_does_not_stop_another(shell):
+    kept = _full_of_leases(shell, small=True)
+    assert shell.get([1], conn=3, timeout_s=5.0) is None
+    waiting = shell._rid
+    assert shell.get([2, 3], conn=3) == [HIT] * 2
+    shell.release(1, reply=kept)
+    assert shell.check_get(shell.replies[3, waiting][0], [1]) == [HIT]
+
+
 def test_inline_payload_of_one_reply_is_bounded():
     shell = FakeShell(inline_reply_bytes_max=2500)
     shell.connect()

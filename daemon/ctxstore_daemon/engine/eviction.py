@@ -56,7 +56,7 @@ class LinksState:
         self.capacity = 0
         self._after = np.zeros(0, np.int32)
         self._before = np.zeros(0, np.int32)
-        self._queue = np.zeros(0, np.uint32)
+        self._queue = np.zeros(0, np.int32)
         self.reserve(1)
 
     def reserve(self, capacity: int) -> None:

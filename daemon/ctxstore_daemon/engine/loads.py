@@ -1,7 +1,11 @@
 """Promotion: reading extents into slots, once for all who want them.
 
-Owns which rows are on their way from nvme to memory, who waits for each, and the queue of those for
-which there is no room yet. It must not answer requests: waiters are told row by row.
+Owns which rows are on their way from nvme to memory, who waits for each, and the queues of those
+for which there is no room yet. It must not answer requests: waiters are told row by row.
+
+Room goes to those who wait for an answer first; prefetches and the survivors of a reclaim wait in
+the background until nobody else does. In both lines each slot class has a queue of its own, so that
+one class without room keeps no other waiting.
 """
 
 from __future__ import annotations
@@ -49,18 +53,21 @@ class LoadState:
 
 @dataclass(slots=True)
 class WantState:
-    """Items of one waiter that have no slot yet: (item, row, birth)."""
+    """Items of one waiter and slot class that have no slot yet: (item, row, birth)."""
 
     waiter: LoadWaiter
     items: deque[tuple[int, int, int]]
 
+
+WantQueues = dict[int, deque[WantState]]
+"""Wants by slot class, each in order of arrival; classes in order of the first that waits."""
 
 Damaged = Callable[[int, LoadState], None]
 """Told (row, load) when the bytes read do not fit their checksum."""
 
 
 class LoadsState:
-    """Loads under way by row, reads by id, and those that wait for room in order of arrival."""
+    """Loads under way by row, reads by id, and those that wait for room."""
 
     def __init__(self, core: Core, extents: ExtentsState, room: Room) -> None:
         self._core = core
@@ -68,67 +75,112 @@ class LoadsState:
         self._room = room
         self.loading: dict[int, LoadState] = {}
         self.reads: dict[int, list[LoadState]] = {}
-        self.queue: deque[WantState] = deque()
+        self._foreground: WantQueues = {}
+        self._background: WantQueues = {}
+        self._started: list[LoadState] = []
+        """Have a slot, and are read when all queues have been looked at."""
+        self._background_due = False
+        """The background was passed over since it was served last."""
         self.on_damaged: Damaged | None = None
         core.on_drop.append(self._row_dropped)
 
-    def want(self, waiter: LoadWaiter, items: list[tuple[int, int]]) -> None:
+    def want(
+        self, waiter: LoadWaiter, items: list[tuple[int, int]], *, background: bool = False
+    ) -> None:
         """Bring rows (item, row) to memory; the waiter hears of each, maybe before this returns."""
-        birth = self._core.index.birth_at
-        self.queue.append(WantState(waiter, deque((i, row, birth[row]) for i, row in items)))
-        if len(self.queue) == 1:
-            self._serve_head()
+        index = self._core.index
+        birth = index.birth_at
+        by_class: dict[int, WantState] = {}
+        for item, row in items:
+            if not self._settled(waiter, item, row, birth[row]):
+                pages = slot_pages(index.length_at[row])
+                want = by_class.setdefault(pages, WantState(waiter, deque()))
+                want.items.append((item, row, birth[row]))
+        queues = self._background if background else self._foreground
+        for pages, want in by_class.items():
+            queue = queues.setdefault(pages, deque())
+            queue.append(want)
+            if background and self._foreground:
+                self._background_due = True
+            elif len(queue) == 1:
+                self._serve_class(queues, pages)
+        self._read_started()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether anybody waits for room."""
+        return bool(self._foreground or self._background)
 
     def without_room(self, waiter: LoadWaiter) -> list[int]:
         """Items of this waiter whose read has not begun."""
-        return [item for want in self.queue if want.waiter is waiter for item, _, _ in want.items]
+        wants = [
+            want
+            for queues in (self._foreground, self._background)
+            for queue in queues.values()
+            for want in queue
+        ]
+        return [item for want in wants if want.waiter is waiter for item, _, _ in want.items]
 
-    def pump(self) -> None:
-        """There may be room now."""
-        while self.queue and (self.queue[0].waiter.done or not self.queue[0].items):
-            self.queue.popleft()
-        if self.queue and self._core.room_changed:
-            self._serve_head()
+    def pump(self, *, room: bool) -> None:
+        """Go on when there may be `room` now, or somebody who stood first has gone."""
+        self._pump(self._foreground, room)
+        if self._foreground:
+            self._background_due |= room
+        else:
+            self._pump(self._background, room or self._background_due)
+            self._background_due = False
+        self._read_started()
 
-    def _serve_head(self) -> None:
-        while self.queue:
-            want = self.queue[0]
-            if not want.waiter.done and not self._serve(want):
+    def _pump(self, queues: WantQueues, room: bool) -> None:
+        for pages in list(queues):
+            if room or queues[pages][0].waiter.done:
+                self._serve_class(queues, pages)
+
+    def _serve_class(self, queues: WantQueues, pages: int) -> None:
+        queue = queues[pages]
+        while queue:
+            want = queue[0]
+            if not want.waiter.done and not self._serve(want, pages):
                 return
-            self.queue.popleft()
+            queue.popleft()
+        del queues[pages]
 
-    def _serve(self, want: WantState) -> bool:
-        """Start or join loads for all items; False when some found no room."""
+    def _settled(self, waiter: LoadWaiter, item: int, row: int, birth: int) -> bool:
+        """Tell the waiter at once, or join a load under way; False: the row needs a slot."""
         index = self._core.index
-        fresh: dict[int, list[tuple[int, int, int]]] = {}
-        for item, row, birth in want.items:
-            if index.birth_at[row] != birth or not index.flags_at[row] & VISIBLE:
-                want.waiter.loaded(item, 0)
-            elif index.slot_at[row] or index.flags_at[row] & INLINE:
-                want.waiter.loaded(item, row)
-            elif row in self.loading:
-                self.loading[row].waiters.append((want.waiter, item))
-            elif index.segment_at[row] < 0:
-                want.waiter.loaded(item, 0)
-            else:
-                fresh.setdefault(slot_pages(index.length_at[row]), []).append((item, row, birth))
+        if index.birth_at[row] != birth or not index.flags_at[row] & VISIBLE:
+            waiter.loaded(item, 0)
+        elif index.slot_at[row] or index.flags_at[row] & INLINE:
+            waiter.loaded(item, row)
+        elif row in self.loading:
+            self.loading[row].waiters.append((waiter, item))
+        elif index.segment_at[row] < 0:
+            waiter.loaded(item, 0)
+        else:
+            return False
+        return True
+
+    def _serve(self, want: WantState, pages: int) -> bool:
+        """Start or join loads for all items; False when some found no room."""
+        items = [entry for entry in want.items if not self._settled(want.waiter, *entry)]
         want.items.clear()
-        started: list[LoadState] = []
-        for pages, items in fresh.items():
-            rows = list(dict.fromkeys(row for _, row, _ in items))
-            slots = dict(zip(rows, self._room.slots(pages, len(rows)), strict=False))
-            for item, row, birth in items:
-                if row in self.loading:
-                    self.loading[row].waiters.append((want.waiter, item))
-                elif row in slots:
-                    load = self._load(row, slots[row])
-                    load.waiters.append((want.waiter, item))
-                    started.append(load)
-                else:
-                    want.items.append((item, row, birth))
+        rows = list(dict.fromkeys(row for _, row, _ in items))
+        slots = dict(zip(rows, self._room.slots(pages, len(rows)), strict=False)) if rows else {}
+        for item, row, birth in items:
+            if row in self.loading:
+                self.loading[row].waiters.append((want.waiter, item))
+            elif row in slots:
+                load = self._load(row, slots[row])
+                load.waiters.append((want.waiter, item))
+                self._started.append(load)
+            else:
+                want.items.append((item, row, birth))
+        return not want.items
+
+    def _read_started(self) -> None:
+        started, self._started = self._started, []
         for at in range(0, len(started), self._core.settings.read_shards_max):
             self._read(started[at : at + self._core.settings.read_shards_max])
-        return not want.items
 
     def _load(self, row: int, slot: int) -> LoadState:
         index = self._core.index

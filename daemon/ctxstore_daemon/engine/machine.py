@@ -158,14 +158,14 @@ class Machine:
         """Let work that waits for room, bytes or a group go on, as far as it can now."""
         core = self.core
         for _ in range(_ROUNDS_MAX):
-            changed = core.room_changed
-            self.loads.pump()
-            self.puts.pump()
+            # Taken first: room that any of these makes is for the next round, not forgotten.
+            room, core.room_changed = core.room_changed, False
+            self.loads.pump(room=room)
+            self.puts.pump(room=room)
             self.reclaim.pump()
             self.writeback.pump()
-            if not changed:
+            if not core.room_changed:
                 break
-            core.room_changed = False
         self.meta.reserve_sequence()
 
     def next_wakeup_ns(self) -> int | None:
@@ -178,8 +178,16 @@ class Machine:
             self.expiry.next_sweep(),
             self.reclaim.next_step(),
             self.checks.next_step(),
+            self._next_round(),
         )
         return min((time for time in times if time is not None), default=None)
+
+    def _next_round(self) -> int | None:
+        """Now, when the rounds of the last event did not get through with what freed room leads
+        to.
+        """
+        waiting = self.core.room_changed and (self.puts.queue or self.loads.waiting)
+        return self.core.now_ns if waiting else None
 
     @property
     def quiescent(self) -> bool:

@@ -67,4 +67,4 @@ def prefetch(
         core, conn=conn, deadline_ns=core.now_ns + patience, waiting=len(missing)
     )
     core.start(operation)
-    loads.want(operation, [(0, row) for row in missing.tolist()])
+    loads.want(operation, [(0, row) for row in missing.tolist()], background=True)

@@ -113,9 +113,9 @@ class PutsState:
             operation.queued = True
             self.queue.append(operation)
 
-    def pump(self) -> None:
-        """There may be room now, or keys to look at again."""
-        if self.queue and (self._core.room_changed or not self.queue[0].todo):
+    def pump(self, *, room: bool) -> None:
+        """Go on when there may be `room` now, or keys to look at again."""
+        if self.queue and (room or not self.queue[0].todo):
             self._serve_heads()
 
     def _serve_heads(self) -> None:

@@ -198,7 +198,7 @@ class ReclaimState:
         self._reads = SurvivorReads(self, deadline_ns=deadline, waiting=len(missing))
         core.start(self._reads)
         if missing:
-            self._loads.want(self._reads, missing)
+            self._loads.want(self._reads, missing, background=True)
 
     def rescue(self, row: int) -> None:
         """A survivor is in memory: write it elsewhere."""

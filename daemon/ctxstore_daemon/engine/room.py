@@ -43,10 +43,11 @@ class Room:
         return found
 
     def give_back(self, pages: list[int]) -> None:
-        """Undo `slots` for slots that nobody was given."""
+        """Undo `slots` for slots that nobody was given. That is no news to those who wait: what
+        was evicted for them has been told.
+        """
         for page in pages:
             self._core.slabs.disown(page)
-            self._core.room_changed = True
 
     def entry(self) -> bool:
         """Whether the index has a row left.

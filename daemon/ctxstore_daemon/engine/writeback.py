@@ -196,12 +196,12 @@ class WritebackState:
 
     def pump(self) -> None:
         """Write the next group if one is due."""
-        if self.group is not None or self.blocked or not (self.dirty_rows or self.flushes):
+        if self.group is not None or not (self.dirty_rows or self.flushes):
             return
         if not self._extents.disk_ok:
             self._give_up_all()
             return
-        if self._due():
+        if not self.blocked and self._due():
             self._write_group()
 
     def _due(self) -> bool:
