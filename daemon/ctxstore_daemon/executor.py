@@ -129,6 +129,7 @@ class Executor:
             events.WriteGroup: lambda i: self._groups.put_nowait(i),
             events.RecycleSegment: lambda i: self._spawn(self._recycle(i)),
             events.AppendMeta: lambda i: self._appends.put_nowait(i),
+            events.ReserveMeta: lambda i: self._spawn(self._reserve(i)),
             events.SendShards: self._stream,
             events.OfferPut: self._stream,
             events.PutFinished: self._stream,
@@ -383,33 +384,44 @@ class Executor:
             while len(batch) < META_BATCH_MAX and not self._appends.empty():
                 batch.append(self._appends.get_nowait())
             try:
-                done = await self._append(batch)
+                ok = await self._append(batch)
+                done = [events.MetaDone(append.meta_id, ok) for append in batch]
             except OutOfSpace:
                 # Too much together may still be little enough one by one.
-                done = [ok for append in batch for ok in await self._append_alone(append)]
-            for append, ok in zip(batch, done, strict=True):
+                done = [await self._append_alone(append) for append in batch]
+            for answer in done:
                 self._appends.task_done()
-                self.submit(events.MetaDone(append.meta_id, ok))
+                self.submit(answer)
 
-    async def _append(self, batch: list[events.AppendMeta]) -> list[bool]:
-        """Whether each is in the log; all share one write. Raises OutOfSpace."""
+    async def _append(self, batch: list[events.AppendMeta]) -> bool:
+        """Whether they are in the log; all share one write. Raises OutOfSpace."""
         records = batch[0].records
         if len(batch) > 1:
             records = np.concatenate([append.records for append in batch])
-        ok = True
+        sync = any(append.sync for append in batch)
+        reserved = sum(append.reserved for append in batch)
         try:
-            await self._store.append_meta(records, any(append.sync for append in batch))
+            await self._store.append_meta(records, sync, reserved)
         except OutOfSpace:
             raise
         except StorageError:
-            ok = False
-        return [ok] * len(batch)
+            return False
+        return True
 
-    async def _append_alone(self, append: events.AppendMeta) -> list[bool]:
+    async def _append_alone(self, append: events.AppendMeta) -> events.MetaDone:
         try:
-            return await self._append([append])
+            return events.MetaDone(append.meta_id, await self._append([append]))
         except OutOfSpace:
-            return [False]
+            return events.MetaDone(append.meta_id, ok=False, full=True)
+
+    async def _reserve(self, instruction: events.ReserveMeta) -> None:
+        try:
+            await self._store.reserve_meta(instruction.count)
+        except StorageError as error:
+            full = isinstance(error, OutOfSpace)
+            self.submit(events.MetaDone(instruction.meta_id, ok=False, full=full))
+        else:
+            self.submit(events.MetaDone(instruction.meta_id, ok=True))
 
     def _report_later(self) -> None:
         """The store tries a full file system again after a while, of which no event tells."""

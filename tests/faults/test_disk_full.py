@@ -114,6 +114,29 @@ class TestFileSystemFull:
             assert "space" in daemon.log.splitlines()[-1], daemon.log
 
 
+def test_all_of_a_small_store_can_be_removed_at_once(tmp_path: Path) -> None:
+    """More removals than the log has room for are refused whole, and those in it are for good."""
+    keys = make_keys(1, 20_000, 64)
+    with (
+        daemon_process(tmp_path / "data", memory="64MiB", disk="256MiB") as daemon,
+        connect(daemon.url, timeout_s=20.0) as store,
+    ):
+        assert set(put_all(store, keys, durability="group")) == {PutResult.COMMITTED}
+        kept = keys[:10]
+        gone = keys[10:]
+        assert store.remove(gone).all()
+        assert not store.exists(gone).any()
+        assert not store.remove(make_keys(2, 16_000, 64)).any()
+        with pytest.raises(Overloaded, match="--disk"):
+            store.remove([*kept, *make_keys(3, 4000, 64)])
+        assert store.exists(kept).all(), "all or none"
+        daemon.restart(kill=True)
+        assert store.exists(kept).all()
+        assert not store.exists(gone).any()
+        used = sum(path.stat().st_blocks * 512 for path in daemon.directory.iterdir())
+        assert used <= 256 << 20
+
+
 def test_held_shards_that_fill_the_disk_refuse_new_ones_in_time(tmp_path: Path) -> None:
     """Holds end at half of the tier: what is held stays, the rest makes room."""
     with (

@@ -90,6 +90,8 @@ class FakeShell:
         self.open_segment = -1
         self.meta: list[np.ndarray] = []
         self.meta_ok = True
+        self.meta_room = 1_000_000
+        self.meta_reserved = 0
         self.group_fault = ""
         self.read_fault: dict[tuple[int, int], int] = {}
         self.reads = 0
@@ -300,9 +302,17 @@ class FakeShell:
         self.answer(events.SegmentRecycled(i.segment))
         self._announce()
 
+    def _do_ReserveMeta(self, i) -> None:
+        room = self.meta_room - self.meta_reserved
+        full = i.count > room
+        self.meta_reserved += 0 if full else i.count
+        self.answer(events.MetaDone(i.meta_id, ok=not full, full=full))
+
     def _do_AppendMeta(self, i) -> None:
+        self.meta_reserved -= i.reserved
         if self.meta_ok:
             self.meta.append(i.records.copy())
+            self.meta_room -= len(i.records)
         self.answer(events.MetaDone(i.meta_id, ok=self.meta_ok))
 
     def _do_SendShards(self, i) -> None:

@@ -237,6 +237,36 @@ def test_removal_when_the_meta_log_fails(shell):
     assert ask(shell, wire.Remove, [1]).code == StorageError.code
 
 
+def stones(shell) -> int:
+    return sum(int((part["kind"] == MetaKind.TOMBSTONE).sum()) for part in shell.meta)
+
+
+def test_removal_with_a_full_meta_log_changes_nothing(shell):
+    shell.put([1, 2], durability=GROUP)
+    shell.meta_room = 2
+    refused = ask(shell, wire.Remove, [1, 2, 9])
+    assert refused.code == Overloaded.code
+    assert "--disk" in refused.message
+    assert shell.exists([1, 2]) == [1, 1]
+    assert not stones(shell), "all or none"
+    assert ask(shell, wire.Remove, [1, 2]).mask_column.tolist() == [1, 1]
+    assert ask(shell, wire.Remove, [1]).code == Overloaded.code
+    assert shell.meta_reserved == 0
+
+
+def test_removal_waits_for_room_no_longer_than_its_caller(shell):
+    shell.put([1, 2], durability=GROUP)
+    shell.hold_back = (events.ReserveMeta,)
+    assert ask(shell, wire.Remove, [1]) is None
+    assert shell.exists([1]) == [1], "not before the log has room"
+    shell.advance(2 * S)
+    assert shell.replies[1, 2][0].code == DeadlineExceeded.code
+    shell.let_go()
+    assert shell.exists([1]) == [1], "not after its caller has been told"
+    assert shell.meta_reserved == 0
+    assert not stones(shell)
+
+
 def test_removal_of_a_group_put_under_way(shell):
     shell.hold_back = (events.WriteGroup,)
     shell.put([1], durability=GROUP)

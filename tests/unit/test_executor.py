@@ -69,7 +69,10 @@ class ScriptedStore:
     async def recycle(self, segment: int) -> None:
         await self._go()
 
-    async def append_meta(self, records: Any, sync: bool) -> None:
+    async def reserve_meta(self, count: int) -> None:
+        await self._go()
+
+    async def append_meta(self, records: Any, sync: bool, reserved: int = 0) -> None:
         await self._go()
         self.appends.append((len(records), sync))
 

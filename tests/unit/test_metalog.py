@@ -276,6 +276,30 @@ def test_size_is_bounded_and_a_full_log_says_so() -> None:
     run(scene())
 
 
+def test_reserved_room_is_nobody_elses() -> None:
+    async def scene() -> None:
+        disk = SimDisk(3)
+        wall = SimClock().now().wall_ns
+        log, _ = await opened(disk, cells=1000)
+        await log.reserve(500)
+        await log.reserve(400)
+        with pytest.raises(OutOfSpace):
+            await log.reserve(100)
+        tombstones = rows(MetaKind.TOMBSTONE, *range(1, 901), at_wall_ns=wall)
+        with pytest.raises(OutOfSpace):
+            await log.append(tombstones[:100], sync=True)
+        await log.append(tombstones[:500], sync=True, reserved=500)
+        with pytest.raises(OutOfSpace):
+            await log.append(tombstones[500:600], sync=True)
+        await log.append(NONE, sync=False, reserved=400)
+        await log.append(tombstones[500:], sync=True)
+        with pytest.raises(OutOfSpace):
+            await log.reserve(100)
+        assert await seqs_after(disk.crash()) == list(range(1, 901))
+
+    run(scene())
+
+
 def test_a_store_with_a_full_log_still_writes() -> None:
     async def scene() -> None:
         world = World()

@@ -6,9 +6,9 @@ Offsets into the arena are bytes from its start; slots begin on 4 KiB pages and 
 
 Inline shards (length ≤ INLINE_BYTES_MAX, zero included) never have a slot: they carry slot offset
 -1 and slot_bytes 0 in CopyIn and OfferPut, and their payloads come back in `inline` of CopyDone and
-PayloadDone. Every CopyIn, ReadExtents, WriteGroup, RecycleSegment and AppendMeta is answered
-exactly once, whatever happens to the connection meanwhile: the engine's I/O pins end only with the
-answer.
+PayloadDone. Every CopyIn, ReadExtents, WriteGroup, RecycleSegment, AppendMeta and ReserveMeta is
+answered exactly once, whatever happens to the connection meanwhile: the engine's I/O pins end only
+with the answer.
 """
 
 from __future__ import annotations
@@ -191,10 +191,13 @@ class SegmentLost:
 
 @dataclass(frozen=True, slots=True)
 class MetaDone:
-    """AppendMeta finished; `ok` is False when the log could not be written or synced."""
+    """AppendMeta or ReserveMeta finished; `ok` is False when the log could not be written or
+    synced, with `full` because its budget is used up (then nothing was stored).
+    """
 
     meta_id: int
     ok: bool
+    full: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,12 +325,23 @@ class RecycleSegment:
 @dataclass(frozen=True, slots=True)
 class AppendMeta:
     """Append records (META_DTYPE) to the meta log; with `sync` answer only when durable. Answer
-    MetaDone.
+    MetaDone. `reserved` records of room are given back, and taken by these records first.
     """
 
     meta_id: int
     records: RecordArray
     sync: bool
+    reserved: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ReserveMeta:
+    """Keep room for `count` records in the meta log until an AppendMeta gives it back. Answer
+    MetaDone.
+    """
+
+    meta_id: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,6 +399,7 @@ Instruction: TypeAlias = (
     | WriteGroup
     | RecycleSegment
     | AppendMeta
+    | ReserveMeta
     | SendShards
     | OfferPut
     | PutFinished

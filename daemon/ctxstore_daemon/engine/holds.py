@@ -9,20 +9,23 @@ removal.
 from __future__ import annotations
 
 import heapq
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from ctxstore.errors import DeadlineExceeded, Overloaded, StorageError
+from ctxstore.errors import CtxStoreError, DeadlineExceeded, Overloaded, StorageError
 from ctxstore.wire import messages as wire
 from ctxstore_daemon.engine.core import Core, Operation
 from ctxstore_daemon.engine.index import DIRTY, HELD, INLINE, VISIBLE, WRITING, Rows, split_keys
-from ctxstore_daemon.engine.records import MetaKind, RecordArray
+from ctxstore_daemon.engine.meta import Reserved
+from ctxstore_daemon.engine.records import META_DTYPE, MetaKind, RecordArray
 from ctxstore_daemon.engine.writeback import Hurry, WritebackState
 
 if TYPE_CHECKING:
     from ctxstore_daemon.engine.extents import ExtentsState
     from ctxstore_daemon.engine.meta import MetaState
+
+_LOG_FULL_RETRY_S: Final = 60.0
 
 
 class LoggedOperation(Operation):
@@ -115,15 +118,50 @@ class HoldsState:
         self._meta.log_expiry(raised, sync=True, done=operation.logged)
 
     def remove(self, conn: int, message: wire.Remove, deadline_ns: int) -> None:
-        """Forget the keys at once; answer when their tombstones are durable.
-
-        Keys that are not here get a tombstone as well: a copy that the index has forgotten may
-        still lie in a segment.
+        """Forget the keys as soon as the log has room for their tombstones: all or none. Answer
+        when those are durable.
         """
+        names = split_keys(message.keys)
+        unique = list(dict.fromkeys(names))
+        ns = self._core.conns[conn].ns
+        operation = self._start(conn, message.rid, deadline_ns, b"")
+
+        def reserved(room: Reserved) -> None:
+            if room is not Reserved.YES:
+                self._refuse_removal(operation, room)
+            elif operation.done:
+                # Applied now it could hit what was put after this call had ended.
+                nothing = np.zeros(0, META_DTYPE)
+                self._meta.append(nothing, sync=False, reserved=len(unique))
+            else:
+                operation.mask = self._forget(ns, names)
+                # Every key gets a tombstone, whatever the index says of it. One that is unknown or
+                # in memory only may have an older copy in a segment: its row was evicted, or lost
+                # to a full index, or its group failed after it had reached the disk. No column
+                # tells, and recovery would find it. The log keeps one tombstone per key.
+                records = self._meta.tombstones(ns, b"".join(unique))
+                self._meta.append(records, sync=True, done=operation.logged, reserved=len(unique))
+
+        self._meta.reserve(len(unique), reserved)
+
+    def _refuse_removal(self, operation: LoggedOperation, room: Reserved) -> None:
+        if operation.done:
+            return
+        core = self._core
+        core.finish(operation)
+        error: CtxStoreError = StorageError("nothing was removed: the meta log cannot be written")
+        if room is Reserved.FULL:
+            error = Overloaded(
+                "nothing was removed: the log of removals is full, each stays in it for at least "
+                "24 hours; a larger --disk makes it larger",
+                retry_after_s=_LOG_FULL_RETRY_S,
+            )
+        core.reply(operation.conn, wire.failure_from_error(operation.rid, error))
+
+    def _forget(self, ns: int, names: list[bytes]) -> bytes:
+        """Drop the rows of these keys; 1 for each that was there."""
         core = self._core
         index = core.index
-        ns = core.conns[conn].ns
-        names = split_keys(message.keys)
         mask = bytearray(len(names))
         for item, name in enumerate(names):
             row = index.find(ns, name)
@@ -137,8 +175,7 @@ class HoldsState:
                 # Its group is under way with an older birth: committed, then removed.
                 mask[item] = 1
                 core.detach(row)
-        records = self._meta.tombstones(ns, b"".join(dict.fromkeys(names)))
-        self._log(conn, message.rid, deadline_ns, bytes(mask), records)
+        return bytes(mask)
 
     def _visible(self, conn: int, keys: wire.Column) -> tuple[Rows, bytes]:
         index = self._core.index

@@ -8,11 +8,12 @@ logged and every append counts as done: there is nothing that could come back.
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from ctxstore_daemon.engine.events import AppendMeta, MetaDone
+from ctxstore_daemon.engine.events import AppendMeta, MetaDone, ReserveMeta
 from ctxstore_daemon.engine.index import WRITING, Rows
 from ctxstore_daemon.engine.records import META_DTYPE, MetaKind, RecordArray
 
@@ -26,6 +27,17 @@ SEQUENCE_STEP: Final = 1 << 20
 OnDone = Callable[[bool], None]
 
 
+class Reserved(Enum):
+    """What became of a wish for room in the log."""
+
+    YES = "kept until an append gives it back"
+    FULL = "the log's budget is used up"
+    FAILED = "the log could not be written"
+
+
+OnReserved = Callable[[Reserved], None]
+
+
 class MetaState:
     """Appends under way. `done` callbacks run inside the event that ends the append."""
 
@@ -33,25 +45,48 @@ class MetaState:
         self._core = core
         self._extents = extents
         self._waiting: dict[int, OnDone | None] = {}
+        self._reserving: dict[int, OnReserved] = {}
         self._reserved = 0
 
     @property
     def pending(self) -> int:
-        """Appends that have not been answered."""
-        return len(self._waiting)
+        """Appends and reservations that have not been answered."""
+        return len(self._waiting) + len(self._reserving)
 
-    def append(self, records: RecordArray, *, sync: bool, done: OnDone | None = None) -> None:
-        """Log the records; `done(ok)` is called when they are written (with `sync`: durable)."""
-        if not self._core.settings.disk_bytes or not len(records):
+    def reserve(self, count: int, done: OnReserved) -> None:
+        """Keep room for `count` records: with YES the caller owes an `append` that takes it.
+
+        For what must not be half done: once there is room, only a failing disk keeps it out.
+        """
+        if not self._core.settings.disk_bytes:
+            done(Reserved.YES)
+            return
+        meta_id = self._core.new_id()
+        self._reserving[meta_id] = done
+        self._core.emit(ReserveMeta(meta_id, count))
+
+    def append(
+        self, records: RecordArray, *, sync: bool, done: OnDone | None = None, reserved: int = 0
+    ) -> None:
+        """Log the records; `done(ok)` is called when they are written (with `sync`: durable).
+
+        `reserved` is what `reserve` has kept for them; without records it is only given back.
+        """
+        if not self._core.settings.disk_bytes or not (len(records) or reserved):
             if done is not None:
                 done(True)
             return
         meta_id = self._core.new_id()
         self._waiting[meta_id] = done
-        self._core.emit(AppendMeta(meta_id, records, sync))
+        self._core.emit(AppendMeta(meta_id, records, sync, reserved))
 
     def on_done(self, event: MetaDone) -> None:
         """The log answered."""
+        reserving = self._reserving.pop(event.meta_id, None)
+        if reserving is not None:
+            failed = Reserved.FULL if event.full else Reserved.FAILED
+            reserving(Reserved.YES if event.ok else failed)
+            return
         done = self._waiting.pop(event.meta_id)
         if not event.ok:
             self._core.counters.meta_failed += 1

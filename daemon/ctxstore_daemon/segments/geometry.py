@@ -33,8 +33,9 @@ META_BYTES_MIN: Final = 1 * MIB
 META_BYTES_MAX: Final = 1 * GIB
 """More would be 2.5 million removals a day; the log is read whole at each start."""
 
-META_DISK_SHARE: Final = 64
-"""The meta log's part of the disk is one in this many."""
+META_DISK_SHARE: Final = 16
+"""The meta log's part of the disk is one in this many: 150,000 removals a day per GiB, and all
+shards of a small store at once."""
 
 META_FILES: Final = 4
 """Log and mirror, and while the log is rewritten their successors beside them."""

@@ -62,6 +62,7 @@ class _LogState:
     checkpoint_cells: int = 0
     accepted: list[RecordArray] = field(default_factory=list)  # every record that still counts
     accepted_count: int = 0
+    reserved: int = 0  # records that have room kept for them
     pending: list[RecordArray] = field(default_factory=list)  # accepted and in no file yet
     taken: int = 0  # running totals of records: accepted, written, synced
     written: int = 0
@@ -125,16 +126,32 @@ class MetaLog:
             # What was read may not be durable yet, and from here on it is acted upon.
             await self._sync()
 
-    async def append(self, records: RecordArray, *, sync: bool, vital: bool = False) -> None:
+    async def reserve(self, count: int) -> None:
+        """Keep room for `count` records until an `append` gives it back.
+
+        Raises OutOfSpace or DeviceError; then nothing is kept.
+        """
+        await self._make_room(count, vital=False)
+        self._state.reserved += count
+
+    async def append(
+        self, records: RecordArray, *, sync: bool, vital: bool = False, reserved: int = 0
+    ) -> None:
         """Store META_DTYPE records; with `sync` return when they are durable.
 
         Concurrent calls share syncs. Raises OutOfSpace when the log's budget is used up (nothing
         was stored) or DeviceError (they may be stored later). `vital` ones may use the last of it.
+        `reserved` is the room kept for these records; it is given back unless OutOfSpace is raised.
         """
         state = self._state
+        try:
+            await self._make_room(len(records) - reserved, vital=vital)
+        except DeviceError:
+            state.reserved -= reserved
+            raise
+        state.reserved -= reserved
         if not len(records):
             return
-        await self._make_room(len(records), vital=vital)
         kept = np.array(records, META_DTYPE)
         state.accepted.append(kept)
         state.accepted_count += len(kept)
@@ -165,14 +182,17 @@ class MetaLog:
     # -------------------------------------------------------------------------- writing
 
     async def _make_room(self, count: int, *, vital: bool) -> None:
+        """Have room for `count` records beside what is accepted and what is reserved."""
         state = self._state
         if state.closed:
             raise DeviceError("the meta log is closed")
+        if count <= 0:
+            return
         limit = self._cells_max if vital else self._cells_max - self._cells_max // _VITAL_SHARE
-        if state.accepted_count + count > limit and self._rewrite_may_help():
+        if state.accepted_count + state.reserved + count > limit and self._rewrite_may_help():
             async with self._lock:
                 await self._repair()
-        if state.accepted_count + count > limit:
+        if state.accepted_count + state.reserved + count > limit:
             raise OutOfSpace(
                 f"the meta log holds {state.accepted_count} of {limit} records; "
                 "a larger disk cap makes it larger"

@@ -303,12 +303,16 @@ class SegmentStore:
         self._state.extents_read += len(order.segments)
         return await self._reader.read_into(order, slots)
 
-    async def append_meta(self, records: RecordArray, sync: bool) -> None:
+    async def reserve_meta(self, count: int) -> None:
+        """Keep room for records in the meta log. See `MetaLog.reserve`."""
+        await self._meta.reserve(count)
+
+    async def append_meta(self, records: RecordArray, sync: bool, reserved: int = 0) -> None:
         """Append META_DTYPE records; with `sync` durable on return. See `MetaLog.append`."""
         # Without numbers nothing works any more, and a reservation replaces the one before.
         vital = records["kind"] == MetaKind.SEQUENCE
         await self._meta.append(records[vital], sync=sync, vital=True)
-        await self._meta.append(records[~vital], sync=sync)
+        await self._meta.append(records[~vital], sync=sync, reserved=reserved)
 
     async def close(self) -> None:
         """Write the footer, sync the meta log, close all files. No other call may be running."""
