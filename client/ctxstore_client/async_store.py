@@ -85,7 +85,7 @@ def connect_async(
     target = resolve_target(
         address, namespace=namespace, token=token, cluster_id=cluster_id, shm=shm
     )
-    limit_s = arguments.timeout_of(timeout_s, TIMEOUT_S)
+    limit_s = arguments.default_timeout_of(timeout_s)
 
     async def make() -> AsyncStore:
         store = AsyncStore(target, timeout_s=limit_s)
@@ -150,8 +150,8 @@ class AsyncStore:
         self,
         keys: Keys,
         buffers: Buffers,
-        *,
         ttl_s: Any = None,
+        *,
         priority: Any = 0,
         durability: DurabilityName | None = None,
         depth0: Any = 0,
@@ -164,7 +164,7 @@ class AsyncStore:
         `ttl_s` (None: for ever), `priority` (int16), `depth0` (chunks before the first key's; the
         others follow one by one) and `cost_s` (seconds of recompute) are one value or one per key.
         `durability`: "memory", "group", or None for the namespace's. TIMEOUT means that the outcome
-        is unknown, OVERLOADED that nothing was stored. Buffers of `alloc` are not copied.
+        is unknown, OVERLOADED that it was surely not stored. Buffers of `alloc` are not copied.
         """
         options = PutOptions(ttl_s, priority, durability, depth0, cost_s)
         plan_for = put_call(keys, buffers, options, staged=self._staged)
@@ -174,9 +174,9 @@ class AsyncStore:
         self,
         keys: Keys,
         buffers: Buffers,
+        timeout_s: float | None = None,
         *,
         exact: bool = False,
-        timeout_s: float | None = None,
     ) -> list[Lookup]:
         """Fill one writable buffer per key; a larger buffer gets exactly the shard's bytes.
 
@@ -257,16 +257,17 @@ class AsyncStore:
     # ------------------------------------------------------------ changes
 
     async def hold(
-        self, keys: Keys, *, ttl_s: float = 60, timeout_s: float | None = None
+        self, keys: Keys, ttl_s: float = 60, *, timeout_s: float | None = None
     ) -> npt.NDArray[np.bool_]:
         """Keep shards for `ttl_s` from now; 0 ends the hold. (n,) bool: where it applied.
 
-        Raises Overloaded above the node's share of holds, DeadlineExceeded, TransportError.
+        Raises Overloaded above the node's share of holds, DeadlineExceeded, TransportError, and
+        StorageError where the node cannot write it down: the change may be lost with its restart.
         """
-        return await self._masked(keys, control.hold_op(arguments.ttl_ms(ttl_s)), timeout_s)
+        return await self._masked(keys, control.hold_op(arguments.hold_ms(ttl_s)), timeout_s)
 
     async def touch(
-        self, keys: Keys, *, ttl_s: float | None = None, timeout_s: float | None = None
+        self, keys: Keys, ttl_s: float | None = None, *, timeout_s: float | None = None
     ) -> npt.NDArray[np.bool_]:
         """Mark shards as used and raise their time to live to `ttl_s` from now. Like `hold`."""
         return await self._masked(keys, control.touch_op(arguments.ttl_ms(ttl_s)), timeout_s)
@@ -274,7 +275,7 @@ class AsyncStore:
     async def remove(self, keys: Keys, *, timeout_s: float | None = None) -> npt.NDArray[np.bool_]:
         """Remove shards for good; (n,) bool: whether each was there. Durable on return.
 
-        Raises DeadlineExceeded or TransportError: some may be removed then.
+        Raises DeadlineExceeded, TransportError or StorageError: some may be removed then.
         """
         return await self._masked(keys, control.remove_op(), timeout_s)
 
@@ -303,7 +304,7 @@ class AsyncStore:
     # ------------------------------------------------------------ in the background
 
     async def prefetch(
-        self, keys: Keys, *, by_s: float | None = None, timeout_s: float | None = None
+        self, keys: Keys, by_s: float | None = None, *, timeout_s: float | None = None
     ) -> AsyncTicket[int]:
         """Ask the node to have shards in memory in `by_s` seconds; its result: how many will be."""
         return self._submit(prefetch_call(keys, by_s), timeout_s, lambda: 0)
@@ -312,9 +313,9 @@ class AsyncStore:
         self,
         keys: Keys,
         buffers: Buffers,
+        timeout_s: float | None = None,
         *,
         exact: bool = False,
-        timeout_s: float | None = None,
     ) -> AsyncTicket[list[Lookup]]:
         """`get_into` in the background. Arguments are checked at once; the deadline runs from now.
 
@@ -327,8 +328,8 @@ class AsyncStore:
         self,
         keys: Keys,
         buffers: Buffers,
-        *,
         ttl_s: Any = None,
+        *,
         priority: Any = 0,
         durability: DurabilityName | None = None,
         depth0: Any = 0,

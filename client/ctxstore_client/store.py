@@ -59,7 +59,7 @@ def connect(
     target = resolve_target(
         address, namespace=namespace, token=token, cluster_id=cluster_id, shm=shm
     )
-    store = Store(target, timeout_s=arguments.timeout_of(timeout_s, TIMEOUT_S))
+    store = Store(target, timeout_s=arguments.default_timeout_of(timeout_s))
     try:
         store.ping()
     except (TransportError, DeadlineExceeded, Overloaded):
@@ -93,8 +93,8 @@ class Store:
         self,
         keys: Keys,
         buffers: Buffers,
-        *,
         ttl_s: Any = None,
+        *,
         priority: Any = 0,
         durability: DurabilityName | None = None,
         depth0: Any = 0,
@@ -107,7 +107,7 @@ class Store:
         `ttl_s` (None: for ever), `priority` (int16), `depth0` (chunks before the first key's; the
         others follow one by one) and `cost_s` (seconds of recompute) are one value or one per key.
         `durability`: "memory", "group", or None for the namespace's. TIMEOUT means that the outcome
-        is unknown, OVERLOADED that nothing was stored. Buffers of `alloc` are not copied.
+        is unknown, OVERLOADED that it was surely not stored. Buffers of `alloc` are not copied.
         """
         options = PutOptions(ttl_s, priority, durability, depth0, cost_s)
         plan_for = put_call(keys, buffers, options, staged=self._staged)
@@ -117,9 +117,9 @@ class Store:
         self,
         keys: Keys,
         buffers: Buffers,
+        timeout_s: float | None = None,
         *,
         exact: bool = False,
-        timeout_s: float | None = None,
     ) -> list[Lookup]:
         """Fill one writable buffer per key; a larger buffer gets exactly the shard's bytes.
 
@@ -202,16 +202,17 @@ class Store:
     # ------------------------------------------------------------ changes
 
     def hold(
-        self, keys: Keys, *, ttl_s: float = 60, timeout_s: float | None = None
+        self, keys: Keys, ttl_s: float = 60, *, timeout_s: float | None = None
     ) -> npt.NDArray[np.bool_]:
         """Keep shards for `ttl_s` from now; 0 ends the hold. (n,) bool: where it applied.
 
-        Raises Overloaded above the node's share of holds, DeadlineExceeded, TransportError.
+        Raises Overloaded above the node's share of holds, DeadlineExceeded, TransportError, and
+        StorageError where the node cannot write it down: the change may be lost with its restart.
         """
-        return self._masked(keys, control.hold_op(arguments.ttl_ms(ttl_s)), timeout_s)
+        return self._masked(keys, control.hold_op(arguments.hold_ms(ttl_s)), timeout_s)
 
     def touch(
-        self, keys: Keys, *, ttl_s: float | None = None, timeout_s: float | None = None
+        self, keys: Keys, ttl_s: float | None = None, *, timeout_s: float | None = None
     ) -> npt.NDArray[np.bool_]:
         """Mark shards as used and raise their time to live to `ttl_s` from now. Like `hold`."""
         return self._masked(keys, control.touch_op(arguments.ttl_ms(ttl_s)), timeout_s)
@@ -219,7 +220,7 @@ class Store:
     def remove(self, keys: Keys, *, timeout_s: float | None = None) -> npt.NDArray[np.bool_]:
         """Remove shards for good; (n,) bool: whether each was there. Durable on return.
 
-        Raises DeadlineExceeded or TransportError: some may be removed then.
+        Raises DeadlineExceeded, TransportError or StorageError: some may be removed then.
         """
         return self._masked(keys, control.remove_op(), timeout_s)
 
@@ -248,7 +249,7 @@ class Store:
     # ------------------------------------------------------------ in the background
 
     def prefetch(
-        self, keys: Keys, *, by_s: float | None = None, timeout_s: float | None = None
+        self, keys: Keys, by_s: float | None = None, *, timeout_s: float | None = None
     ) -> Ticket[int]:
         """Ask the node to have shards in memory in `by_s` seconds; its result: how many will be."""
         return self._submit(prefetch_call(keys, by_s), timeout_s, lambda: 0)
@@ -257,9 +258,9 @@ class Store:
         self,
         keys: Keys,
         buffers: Buffers,
+        timeout_s: float | None = None,
         *,
         exact: bool = False,
-        timeout_s: float | None = None,
     ) -> Ticket[list[Lookup]]:
         """`get_into` in the background. Arguments are checked at once; the deadline runs from now.
 
@@ -272,8 +273,8 @@ class Store:
         self,
         keys: Keys,
         buffers: Buffers,
-        *,
         ttl_s: Any = None,
+        *,
         priority: Any = 0,
         durability: DurabilityName | None = None,
         depth0: Any = 0,

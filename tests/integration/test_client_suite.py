@@ -365,7 +365,7 @@ def bad_calls() -> list[tuple[str, Callable[[Any], Any]]]:
         ("durability", "disk"),
         ("depth0", -1),
         ("cost_s", -0.5),
-        ("timeout_s", 0),
+        ("timeout_s", float("nan")),
         ("timeout_s", float("inf")),
         ("timeout_s", "1"),
     ]
@@ -398,7 +398,8 @@ def bad_calls() -> list[tuple[str, Callable[[Any], Any]]]:
         ("negative hold", lambda s: s.hold(good, ttl_s=-1)),
         ("negative touch", lambda s: s.touch(good, ttl_s=-1)),
         ("negative prefetch", lambda s: s.prefetch(good, by_s=-1)),
-        ("timeout of get", lambda s: s.get_into(good, [buffer], timeout_s=-1)),
+        ("timeout of get", lambda s: s.get_into(good, [buffer], timeout_s=True)),
+        ("hold without an end", lambda s: s.hold(good, ttl_s=None)),
         ("submit_get", lambda s: s.submit_get([b"x"], [buffer])),
         ("submit_put", lambda s: s.submit_put(good, [b""])),
     ]

@@ -137,13 +137,31 @@ def _index_of(value: Any) -> int:
 
 
 def timeout_of(timeout_s: float | None, default_s: float) -> float:
-    """Seconds an operation may take. Raises ValueError unless finite and above zero."""
+    """Seconds an operation may take; 0 and less: its deadline has passed already.
+
+    Raises ValueError unless it is a finite number.
+    """
     value = default_s if timeout_s is None else timeout_s
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise ValueError(f"timeout_s is a {type(value).__name__}, not seconds")
-    if not 0 < value < math.inf:
-        raise ValueError(f"timeout_s is {value}; it must be a finite number above zero")
-    return float(value)
+    if not value < math.inf:  # NaN is not either
+        raise ValueError(f"timeout_s is {value}; it must be a finite number of seconds")
+    return max(0.0, float(value))
+
+
+def default_timeout_of(timeout_s: float) -> float:
+    """Seconds for operations that name none. Raises ValueError unless finite and above zero."""
+    value = timeout_of(timeout_s, 0.0)
+    if value <= 0:
+        raise ValueError(f"timeout_s is {timeout_s}; no operation could ever be done within it")
+    return value
+
+
+def hold_ms(ttl_s: float) -> int:
+    """How long to hold, in milliseconds; 0 ends a hold. Raises ValueError."""
+    if ttl_s is None:
+        raise ValueError("ttl_s is None; say for how many seconds to hold (ttl_s=0 ends a hold)")
+    return ttl_ms(ttl_s)
 
 
 def ttl_ms(ttl_s: float | None) -> int:

@@ -226,18 +226,21 @@ def _take_inline(
 
 @dataclass(frozen=True, slots=True)
 class PutState:
-    """A put in progress: `results` (uint8) is the part that changes."""
+    """A put in progress: `results` (uint8) and `unanswered` are the parts that change."""
 
     keys: KeyArray
     buffers: list[ByteArray]
     columns: PutColumns
     lengths: npt.NDArray[np.int64] = field(init=False)
     results: npt.NDArray[np.uint8] = field(init=False)
+    unanswered: npt.NDArray[np.uint32] = field(init=False)
+    """How often each shard was offered without a verdict since: if at all, it may be stored."""
 
     def __post_init__(self) -> None:
         lengths = np.fromiter((b.size for b in self.buffers), np.int64, len(self.buffers))
         object.__setattr__(self, "lengths", lengths)
         object.__setattr__(self, "results", np.full(len(self.keys), UNDECIDED, np.uint8))
+        object.__setattr__(self, "unanswered", np.zeros(len(self.keys), np.uint32))
 
     def undecided(self) -> Indices:
         """Indices of the keys without a verdict."""
@@ -248,6 +251,24 @@ class PutState:
         todo = self.undecided()
         self.results[todo[self.lengths[todo] > limit_bytes]] = PutResult.REFUSED
         return self.undecided()
+
+    def offered(self, piece: Indices) -> None:
+        """These are being sent: from now on nobody knows whether they are stored."""
+        self.results[piece] = UNDECIDED
+        self.unanswered[piece] += 1
+
+    def answered(self, piece: Indices, verdicts: int | npt.NDArray[np.uint8]) -> None:
+        """What became of these; OVERLOADED says nothing of an offer that was lost before."""
+        lost = self.unanswered[piece] > 1
+        doubtful = lost & (np.asarray(verdicts) == PutResult.OVERLOADED)
+        self.results[piece] = np.where(doubtful, PutResult.TIMEOUT, verdicts)
+        self.unanswered[piece] = 0
+
+    def give_up(self, piece: Indices) -> None:
+        """A verdict for those that have none: surely not stored is only what was never sent."""
+        rest = piece[self.results[piece] == UNDECIDED]
+        unsure = self.unanswered[rest] > 0
+        self.results[rest] = np.where(unsure, PutResult.TIMEOUT, PutResult.OVERLOADED)
 
     def request(
         self, rid: int, limit_us: int, piece: Indices, offsets: npt.NDArray[np.int64] | None
@@ -304,7 +325,9 @@ def shared_put(context: Context, link: Link, state: PutState) -> Plan[None]:
             [state.buffers[i] for i in piece.tolist()],
         )
         request = state.request(link.next_rid(), timeout_us(context), piece, offsets)
-        yield Send(link, link.encode(request))
+        frame = link.encode(request)
+        state.offered(piece)
+        yield Send(link, frame)
         sent.append(_Sent(request.rid, piece))
     while sent:
         yield from _collect(link, state, sent.popleft())
@@ -321,7 +344,9 @@ def staged_put(
     """Put shards that already lie in the link's staging, at `offsets` (one for every key)."""
     for piece in cut_by_count(chosen, link.hello.batch_keys_max):
         request = state.request(link.next_rid(), timeout_us(context), piece, offsets[piece])
-        yield Send(link, link.encode(request))
+        frame = link.encode(request)
+        state.offered(piece)
+        yield Send(link, frame)
         yield from _collect(link, state, _Sent(request.rid, piece))
 
 
@@ -330,9 +355,9 @@ def _collect(link: Link, state: PutState, sent: _Sent) -> Plan[None]:
         reply = yield from answer_to(link, sent.rid, PutReply)
     except Overloaded:
         # Of this piece nothing was stored; other pieces have their own answers.
-        state.results[sent.piece] = PutResult.OVERLOADED
+        state.answered(sent.piece, PutResult.OVERLOADED)
         return
-    state.results[sent.piece] = reply.result_column
+    state.answered(sent.piece, reply.result_column)
 
 
 # ---------------------------------------------------------------- view

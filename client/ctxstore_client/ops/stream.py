@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ctxstore import limits
 from ctxstore.checksum import seeds
-from ctxstore.errors import RemoteProtocolError, TransportError
+from ctxstore.errors import Overloaded, RemoteProtocolError, TransportError
 from ctxstore.wire.data import (
     DATA_HEADER_BYTES,
     DataHeader,
@@ -50,7 +50,6 @@ from ctxstore_client.ops.requests import (
     Send,
     SendBuffers,
 )
-from ctxstore_client.ops.shared import UNDECIDED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -278,14 +277,26 @@ def stream_put(context: Context, link: Link, state: PutState, chosen: Indices) -
 
 def _put_piece(context: Context, link: Link, state: PutState, piece: Indices) -> Plan[None]:
     offer = state.request(link.next_rid(), timeout_us(context), piece, None)
-    # An earlier OVERLOADED says nothing of this offer: whatever ends it now, it may be stored.
-    state.results[piece] = UNDECIDED
-    yield Send(link, pack_put(offer))
-    verdicts = yield from _verdicts(link, offer.rid, len(piece), VerdictPhase.OFFER)
+    frame = pack_put(offer)
+    state.offered(piece)
+    try:
+        verdicts = yield from _dialogue(link, state, piece, offer.rid, frame)
+    except Overloaded:
+        # Of this piece nothing was stored; it ends the others, too, with the connection.
+        state.answered(piece, PutResult.OVERLOADED)
+        raise
+    state.answered(piece, verdicts)
+
+
+def _dialogue(
+    link: Link, state: PutState, piece: Indices, rid: int, frame: bytes
+) -> Plan[npt.NDArray[np.uint8]]:
+    """Offer, payloads of what is wanted, once more what arrived damaged; returns the results."""
+    yield Send(link, frame)
+    verdicts = yield from _verdicts(link, rid, len(piece), VerdictPhase.OFFER)
     wanted = np.flatnonzero(verdicts == WANTED)
     if not wanted.size:
-        state.results[piece] = verdicts
-        return
+        return verdicts
     expected = seeds(
         state.keys[piece[wanted]],
         ns_id=link.hello.ns_id,
@@ -293,15 +304,15 @@ def _put_piece(context: Context, link: Link, state: PutState, piece: Indices) ->
         lengths=state.lengths[piece[wanted]],
     )
     yield from _send_payloads(link, state, piece[wanted], expected)
-    verdicts = yield from _verdicts(link, offer.rid, len(piece), VerdictPhase.RESULT)
+    verdicts = yield from _verdicts(link, rid, len(piece), VerdictPhase.RESULT)
     again = np.flatnonzero(verdicts == RESEND)
     if again.size:
         if not np.isin(again, wanted).all():
             raise RemoteProtocolError("RESULT: asks again for what was never sent")
         chosen = np.searchsorted(wanted, again)
         yield from _send_payloads(link, state, piece[again], expected[chosen])
-        verdicts = yield from _verdicts(link, offer.rid, len(piece), VerdictPhase.LAST)
-    state.results[piece] = verdicts
+        verdicts = yield from _verdicts(link, rid, len(piece), VerdictPhase.LAST)
+    return verdicts
 
 
 def _verdicts(link: Link, rid: int, count: int, phase: VerdictPhase) -> Plan[npt.NDArray[np.uint8]]:

@@ -6,6 +6,7 @@ a verdict. It must not know how either path works.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
@@ -109,25 +110,15 @@ def _put_staged(context: Context, state: PutState, source: StagedSource) -> Plan
     mine = source.indices[state.results[source.indices] == UNDECIDED]
     offsets = np.zeros(len(state.keys), np.int64)
     offsets[source.indices] = source.offsets
-    unanswered = PutResult.OVERLOADED
-    try:
+    with contextlib.suppress(DeadlineExceeded, TransportError, Overloaded):
         yield Acquire(Purpose.WRITE, exactly=source.link)
-        unanswered = PutResult.TIMEOUT
         plan = staged_put(context, source.link, state, mine, offsets=offsets)
         yield from with_link(context, source.link, plan)
-    except Overloaded:
-        unanswered = PutResult.OVERLOADED
-    except (DeadlineExceeded, TransportError):
-        pass
-    state.results[mine[state.results[mine] == UNDECIDED]] = unanswered
+    state.give_up(mine)
 
 
 def _put_unstaged(context: Context, state: PutState) -> Plan[None]:
-    reached = False
-
     def body(link: Link) -> Plan[None]:
-        nonlocal reached
-        reached = True
         if not link.streams:
             yield from shared_put(context, link, state)
             if len(state.undecided()):
@@ -141,13 +132,9 @@ def _put_unstaged(context: Context, state: PutState) -> Plan[None]:
         yield from _side_by_side(context, link, state, state.lengths, stream_put)
 
     largest = int(state.lengths[state.undecided()].max())
-    try:
+    with contextlib.suppress(DeadlineExceeded, TransportError, Overloaded):
         yield from on_link(context, Purpose.WRITE, body, staging_bytes=largest)
-    except (DeadlineExceeded, TransportError):
-        # Nothing was sent where no connection was to be had.
-        _settle(state.results, PutResult.TIMEOUT if reached else PutResult.OVERLOADED)
-    except Overloaded:
-        _settle(state.results, PutResult.OVERLOADED)
+    state.give_up(state.undecided())
 
 
 def _count(
@@ -163,8 +150,7 @@ def _put_without_staging(context: Context, state: PutState) -> Plan[None]:
     try:
         link: Link = yield Acquire(Purpose.STREAM)
     except (TransportError, DeadlineExceeded):
-        # None of these was offered to the node yet.
-        state.results[state.undecided()] = PutResult.OVERLOADED
+        state.give_up(state.undecided())
         return
     yield from with_link(context, link, stream_put(context, link, state, state.undecided()))
 
