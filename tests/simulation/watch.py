@@ -196,6 +196,7 @@ class DeviceWatch:
         """The machine handled an event."""
         self.events += 1
         self.note(now.mono_ns, type(event).__name__, *(type(order).__name__ for order in orders))
+        self._look_for_surrender(machine)
         self._take_event(event, now.mono_ns)
         for order in orders:
             self._take_order(order, now.mono_ns)
@@ -204,13 +205,16 @@ class DeviceWatch:
         if self.events % AUDIT_EVERY == 0:
             self.audit(machine)
 
-    def check_caps(self, machine: Machine) -> None:
-        """No cap is passed, ever."""
-        stats = machine.stats()
-        if stats.counters["write_given_up"]:
+    def _look_for_surrender(self, machine: Machine) -> None:
+        """A node without a working disk keeps shards in memory only, from where any may go."""
+        if machine.core.counters.write_given_up or not machine.extents.disk_ok:
             if not (self.expected.write_faults or self.expected.full):
                 raise HistoryViolation("a shard was given up on a healthy disk")
             self._given_up = True
+
+    def check_caps(self, machine: Machine) -> None:
+        """No cap is passed, ever."""
+        stats = machine.stats()
         for what, used, cap in (
             ("arena", stats.arena_used_bytes, stats.arena_bytes),
             ("entries", stats.entries, stats.entries_max),
