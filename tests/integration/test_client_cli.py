@@ -66,7 +66,7 @@ def test_status_of_several_nodes_of_which_one_is_gone(
     assert main(["status", f"{daemon.url},127.0.0.1:1", "--timeout", "1"]) == 1
     out = capsys.readouterr().out
     assert "serving" in out
-    assert "not reachable" in out
+    assert "not reachable: cannot connect to ctxstore://" in out, "the reason comes first"
     assert "refused" in out
 
 

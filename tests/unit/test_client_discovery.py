@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import ctxstore_client
+from ctxstore import errors
 from ctxstore.errors import ConfigError
 from ctxstore_client.discovery import (
     SharedMemory,
@@ -134,3 +136,24 @@ def test_broken_endpoints_files(tmp_path: Path, text: str) -> None:
     (tmp_path / "endpoints.json").write_text(text)
     with pytest.raises(ConfigError, match=r"endpoints\.json"):
         read_endpoints(tmp_path)
+
+
+def test_every_error_that_may_be_raised_can_be_imported() -> None:
+    """All but those of placement and of manifests, which no method of a store raises."""
+    inner = {
+        "PlacementError",
+        "StaleEpoch",
+        "LeaseExpired",
+        "NotOwner",
+        "ManifestError",
+        "DataDirError",
+    }
+    known = {
+        name
+        for name, found in vars(errors).items()
+        if isinstance(found, type) and issubclass(found, errors.CtxStoreError)
+    }
+    assert known - inner <= set(ctxstore_client.__all__)
+    for name in known - inner:
+        assert getattr(ctxstore_client, name) is getattr(errors, name)
+    assert not ctxstore_client.StorageError.retryable
