@@ -11,7 +11,7 @@ from ctxstore.wire import messages as wire
 from ctxstore.wire.messages import Durability, Lookup, PutResult
 from ctxstore_daemon.engine import events
 from ctxstore_daemon.engine.records import MetaKind
-from tests.unit.engine_shell import FakeShell, S, key
+from tests.unit.engine_shell import MS, FakeShell, S, key
 
 HIT, MISS = Lookup.HIT, Lookup.MISS
 COMMITTED, EXISTS = PutResult.COMMITTED, PutResult.EXISTS
@@ -367,6 +367,21 @@ def test_held_shards_are_not_forgotten_without_a_disk():
     for n in range(60, 110):
         shell.put([n], MIB)
     assert shell.exists([1]) == [0]
+
+
+def test_holds_that_are_renewed_leave_nothing_behind(shell):
+    shell.put([1, 2])
+    holds = shell.machine.holds
+    for _ in range(500):
+        ask(shell, wire.Hold, [1], 60_000)
+        shell.advance(MS)
+    ask(shell, wire.Hold, [2], 1_000)
+    assert len(holds._heap) <= 2 * 2 + 64
+    shell.advance(2 * S)
+    assert len(holds.ends) == 1, "the short hold ended"
+    shell.advance(60 * S)
+    assert not holds.ends
+    assert not holds._heap
 
 
 def test_touch_raises_the_ttl(shell):

@@ -55,6 +55,20 @@ def test_a_put_that_waits_for_room_goes_on_when_dirty_data_is_written(shell):
     assert shell.replies[1, 2][0].result_column.tolist() == [COMMITTED] * 2
 
 
+def test_what_is_being_copied_counts_as_write_behind(shell):
+    shell.connect(2)
+    shell.hold_back = (events.CopyIn, events.WriteGroup)
+    assert shell.put(list(range(6)), MIB) is None
+    assert shell.put(list(range(10, 16)), MIB, conn=2) is None
+    copying = sum(len(copy.items) for copy in shell.machine.puts.copies.values())
+    assert copying == 8, "half of the arena may wait for the disk"
+    assert shell.machine.writeback.claimed_bytes == 8 * MIB
+    shell.let_go()
+    assert shell.machine.writeback.claimed_bytes == 0
+    assert shell.replies[1, 1][0].result_column.tolist() == [COMMITTED] * 6
+    assert shell.replies[2, 2][0].result_column.tolist() == [COMMITTED] * 6
+
+
 def test_too_many_waiting_puts_are_overloaded():
     shell = FakeShell(arena_bytes=18 * MIB, waiting_puts_max=2)
     shell.connect()

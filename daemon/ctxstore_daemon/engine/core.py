@@ -297,6 +297,10 @@ class Core:
             )
         return seeds
 
+    def payload_bytes(self, row: int) -> int:
+        """What the row's payload takes in memory: whole pages, or an inline payload's length."""
+        return self.page_bytes(row) or self.index.length_at[row]
+
     def page_bytes(self, row: int) -> int:
         """Bytes of the whole pages of the row's payload; 0 for inline rows."""
         if self.index.flags_at[row] & INLINE:

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 _LOG_FULL_RETRY_S: Final = 60.0
 
 
+_STALE_MAX: Final = 64
+"""Ends of past holds kept in the heap, beside as many as there are holds."""
+
+
 class LoggedOperation(Operation):
     """A request that is answered with `mask` when the meta log has it."""
 
@@ -205,6 +209,10 @@ class HoldsState:
             self.held_bytes += core.index.length_at[row]
         self.ends[row] = until_ns
         heapq.heappush(self._heap, (until_ns, row))
+        if len(self._heap) > 2 * len(self.ends) + _STALE_MAX:
+            # A hold that is renewed leaves its old end behind.
+            self._heap = [(end, held) for held, end in self.ends.items()]
+            heapq.heapify(self._heap)
         flags = core.index.flags_at[row]
         core.index.flags_at[row] = flags | HELD
         stored = core.index.segment_at[row] >= 0 or flags & (DIRTY | WRITING)

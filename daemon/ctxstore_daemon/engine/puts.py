@@ -232,16 +232,14 @@ class PutsState:
         core = self._core
         index = core.index
         writes = self._extents.disk_ok
-        slots = [0] * len(items)
-        if pages:
-            wanted = len(items)
-            if writes:
-                size = payload_pages(operation.lengths[items[0]]) * PAGE_BYTES
-                while wanted and not self._writeback.has_room(size * wanted):
-                    wanted //= 2
-            slots = self._room.slots(pages, wanted) if wanted else []
-            if not wanted:
-                core.room_wanted = True
+        wanted = len(items)
+        if not (operation.stream and any(operation.rows)):
+            # What a stream put has claimed is dirty only when it has all: it must not wait now.
+            wanted = self._writeback.room_for(pages * PAGE_BYTES or INLINE_BYTES_MAX, wanted)
+        core.room_wanted |= wanted < len(items)
+        slots = [0] * wanted
+        if pages and wanted:
+            slots = self._room.slots(pages, wanted)
         claimed: list[int] = []
         quota = core.settings.namespaces[operation.ns].quota_bytes
         for item, slot in zip(items, slots, strict=False):
@@ -253,6 +251,8 @@ class PutsState:
                 break
             row = core.claim(operation.ns, operation.names[item], length)
             operation.rows[item] = row
+            if writes:
+                self._writeback.claim(row, payload_pages(length) * PAGE_BYTES if pages else length)
             index.depth_at[row] = operation.depth[item]
             index.cost_s_at[row] = operation.cost[item]
             index.priority_at[row] = operation.priority[item]
@@ -368,6 +368,7 @@ class PutsState:
         """The payload is whole: visible now, or after its group's sync."""
         core = self._core
         index = core.index
+        self._writeback.end_claim(row)
         index.birth_at[row] = core.next_seq()
         index.expires_ns_at[row] = core.expiry(operation.ttl_ms[item])
         if operation.group:

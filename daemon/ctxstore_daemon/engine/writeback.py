@@ -113,6 +113,9 @@ class WritebackState:
         self.dirty_rows = 0
         """Rows DIRTY or WRITING."""
         self.dirty_bytes = 0
+        self._claimed: dict[int, int] = {}
+        self.claimed_bytes = 0
+        """Payloads that puts are copying or receiving; dirty when they have come."""
         self.flushes = 0
         self.blocked = False
         """The disk was full: no group until a segment becomes free."""
@@ -124,11 +127,24 @@ class WritebackState:
 
     # ------------------------------------------------------------ becoming dirty
 
-    def has_room(self, more_bytes: int) -> bool:
-        """Whether this much more may wait for the disk."""
-        if not self.dirty_bytes or not self._extents.disk_ok:
-            return True
-        return self.dirty_bytes + more_bytes <= self.dirty_bytes_max
+    def room_for(self, size: int, count: int) -> int:
+        """How many of `count` shards of this size may be on their way to memory and wait for the
+        disk from now on; one always may when nothing else does.
+        """
+        if not self._extents.disk_ok:
+            return count
+        busy = self.dirty_bytes + self.claimed_bytes
+        fits = (self.dirty_bytes_max - busy) // max(size, 1)
+        return min(count, max(fits, 0 if busy else 1))
+
+    def claim(self, row: int, size: int) -> None:
+        """The row's payload is on its way: it takes its part of what may wait for the disk."""
+        self._claimed[row] = size
+        self.claimed_bytes += size
+
+    def end_claim(self, row: int) -> None:
+        """The payload has come, or never will."""
+        self.claimed_bytes -= self._claimed.pop(row, 0)
 
     def add(self, row: int, hurry: Hurry) -> None:
         """The row has to be written (its payload is in memory)."""
@@ -139,7 +155,7 @@ class WritebackState:
         if not flags & DIRTY:
             index.flags_at[row] = flags | DIRTY
             self.dirty_rows += 1
-            self.dirty_bytes += self._core.page_bytes(row)
+            self.dirty_bytes += self._core.payload_bytes(row)
         elif hurry == Hurry.BEHIND:
             return
         queue = self._queues[hurry]
@@ -285,8 +301,7 @@ class WritebackState:
                 if isinstance(head, FlushOperation):
                     flushes.append(head)
                 elif flags_at[head] & DIRTY and head not in rows:
-                    more = core.page_bytes(head) or core.index.length_at[head]
-                    more += _RECORD_BYTES
+                    more = core.payload_bytes(head) + _RECORD_BYTES
                     if rows and size + more > core.settings.group_bytes_max:
                         return
                     if len(rows) >= core.settings.group_shards_max:
@@ -387,7 +402,7 @@ class WritebackState:
         for row in rows:
             index.flags_at[row] |= DIRTY
             self.dirty_rows += 1
-            self.dirty_bytes += self._core.page_bytes(row)
+            self.dirty_bytes += self._core.payload_bytes(row)
             back.setdefault(hurries[row], deque()).append(row)
         for operation in group.flushes:
             if operation.done:
@@ -420,7 +435,7 @@ class WritebackState:
     def _clean(self, row: int) -> None:
         self._core.index.flags_at[row] &= ~(DIRTY | WRITING)
         self.dirty_rows -= 1
-        self.dirty_bytes -= self._core.page_bytes(row)
+        self.dirty_bytes -= self._core.payload_bytes(row)
 
     def _resolve(self, row: int, ok: bool) -> None:
         for waiter, item in self._waiters.pop(row, ()):
@@ -462,6 +477,7 @@ class WritebackState:
         self.blocked = False
 
     def _row_dropped(self, row: int) -> None:
+        self.end_claim(row)
         if self._core.index.flags_at[row] & (DIRTY | WRITING):
             self._clean(row)
         self._resolve(row, True)
@@ -479,8 +495,15 @@ class WritebackState:
         wrong = []
         if len(dirty) != self.dirty_rows:
             wrong.append(f"{self.dirty_rows} dirty rows, {len(dirty)} found")
-        if sum(map(self._core.page_bytes, dirty)) != self.dirty_bytes:
+        if sum(map(self._core.payload_bytes, dirty)) != self.dirty_bytes:
             wrong.append("dirty bytes are miscounted")
+        if sum(self._claimed.values()) != self.claimed_bytes:
+            wrong.append("claimed bytes are miscounted")
+        wrong.extend(
+            f"row {row} is claimed, but its payload has come"
+            for row in self._claimed
+            if index.birth_at[row]
+        )
         queued = {row for queue in self._queues.values() for row in queue}
         wrong.extend(
             f"row {row} is dirty but in no queue"
