@@ -144,14 +144,15 @@ def test_flush_and_verify_report_progress(daemon: DaemonProcess) -> None:
     keys, payloads = some_keys(20), _payloads(*[30_000] * 20)
     with connect_unix(daemon) as client:
         client.put(keys, payloads)
+        client.put(some_keys(2000, space=1), _payloads(*[100] * 2000))
         client.ask(wire.Flush(client.rid(), TIMEOUT_US), wire.CountReply)
         reply = client.ask(wire.Verify(client.rid(), TIMEOUT_US, 0), wire.VerifyReply)
         while not reply.done:
             found = client.receive()
             assert isinstance(found, wire.VerifyReply)
             reply = found
-        assert (reply.shards, reply.damaged, reply.unreadable, reply.total) == (20, 0, 0, 20)
-        assert reply.checked_bytes >= 20 * 30_000
+        assert (reply.shards, reply.damaged, reply.unreadable, reply.total) == (2020, 0, 0, 2020)
+        assert reply.checked_bytes >= 20 * 30_000 + 2000 * 100
         assert client.ask(wire.Ping(client.rid()), wire.CountReply).count == 0
 
 

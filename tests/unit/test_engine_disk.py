@@ -437,6 +437,34 @@ def test_prefetch_promotes(shell):
     assert shell.reads == reads
 
 
+def scrub(shell):
+    message = wire.Verify(shell.rid(), 1_000_000, 0)
+    shell.request(message)
+    for _ in range(10):
+        replies = shell.replies.get((1, message.rid), [])
+        if replies and replies[-1].done:
+            return replies[-1]
+        assert shell.machine.next_wakeup_ns() <= shell.now_ns
+        shell.advance(1000)
+    raise AssertionError("the scrub does not end")
+
+
+@pytest.mark.parametrize("durability", [GROUP, Durability.MEMORY])
+def test_verify_hashes_inline_shards(shell, durability):
+    shell.put(list(range(1400)), 60, durability=durability)
+    shell.put([2000, 2001], durability=GROUP)
+    last = scrub(shell)
+    assert (last.done, last.shards, last.total, last.damaged) == (True, 1402, 1402, 0)
+    assert last.checked_bytes > 1400 * 60
+    index = shell.machine.core.index
+    row = index.find(0, key(700))
+    index.inline[row] = b"!" + index.inline[row][1:]
+    last = scrub(shell)
+    assert (last.done, last.shards, last.damaged) == (True, 1402, 1)
+    assert shell.exists([699, 700, 701]) == [1, 0, 1]
+    assert scrub(shell).damaged == 0
+
+
 def test_report_of_a_good_copy_changes_nothing(shell):
     shell.put([1], durability=GROUP)
     sums = np.array([shell.machine.core.index.checksum[1]], np.uint64).tobytes()

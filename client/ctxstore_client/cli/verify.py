@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 _TEXT: Final = """\
 Read every shard on a node's disk and compare it with its checksum. A running daemon does it beside
-its work and drops what is damaged; the directory of a stopped one is only read.
+its work and drops what is damaged; the directory of a stopped one is only read. Shards of up to
+1 KiB stand in the daemon's index, which always serves them from memory: a running daemon checks
+them there, the check of a directory reads them from disk.
 
   ctxstore verify                          the node at CTXSTORE_ADDRESS
   ctxstore verify --rate 200MiB            at most so many bytes a second
