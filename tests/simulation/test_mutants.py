@@ -91,9 +91,8 @@ def test_removals_forgotten_by_recovery(monkeypatch: pytest.MonkeyPatch) -> None
 def test_removals_acknowledged_before_they_are_durable(monkeypatch: pytest.MonkeyPatch) -> None:
     append = MetaLog.append
 
-    async def unsynced(self: MetaLog, records: Any, *, sync: bool, vital: bool = False) -> None:
-        del sync
-        await append(self, records, sync=False, vital=vital)
+    async def unsynced(self: MetaLog, records: Any, **options: Any) -> None:
+        await append(self, records, **(options | {"sync": False}))
 
     monkeypatch.setattr(MetaLog, "append", unsynced)
 

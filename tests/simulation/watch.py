@@ -132,6 +132,7 @@ class DeviceWatch:
         self._reclaimed: dict[ShardId, tuple[int, int]] = {}
         """When the last copy of which birth was reclaimed."""
         self._fault_ns: dict[ShardId, int] = {}
+        self._written_ns: dict[ShardId, int] = {}
         self._damaged: dict[Place, None] = {}
         self._damaged_segments: dict[int, None] = {}
         self._groups: dict[int, list[tuple[ShardId, int]]] = {}
@@ -173,7 +174,7 @@ class DeviceWatch:
                 return Loss.FAULT
             if not copies.places and copies.failed:
                 return Loss.FAULT
-        if self._given_up and not (births and births[-1].places):
+        if self._given_up and self._written_ns.get(shard, -1) < since_ns:
             return Loss.FAULT
         reclaimed_ns, birth = self._reclaimed.get(shard, (-1, 0))
         # What stays in memory when its segment is reclaimed may go at any later time.
@@ -248,7 +249,7 @@ class DeviceWatch:
             case events.ReadsDone():
                 self._reads_done(event, now_ns)
             case events.GroupDone():
-                self._group_done(event)
+                self._group_done(event, now_ns)
             case events.GroupFailed():
                 self._group_failed(event)
             case events.SegmentLost(segment=segment):
@@ -327,7 +328,7 @@ class DeviceWatch:
         ]
         self._shadow.read(("group", order.group_id), _slot_pages(order))
 
-    def _group_done(self, event: events.GroupDone) -> None:
+    def _group_done(self, event: events.GroupDone, now_ns: int) -> None:
         self._shadow.end_read(("group", event.group_id))
         items = self._groups.pop(event.group_id)
         for index, ((shard, birth), page) in enumerate(zip(items, event.pages, strict=True)):
@@ -337,6 +338,7 @@ class DeviceWatch:
             copies = self._shards.setdefault(shard, {}).setdefault(birth, _Copies())
             copies.failed = False
             copies.places[place] = None
+            self._written_ns[shard] = now_ns
             if self._reclaimed.get(shard, (0, 0))[1] == birth:
                 del self._reclaimed[shard]  # a survivor after all
             self._by_place[place] = (shard, birth)
