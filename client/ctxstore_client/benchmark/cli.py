@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         calls=200 if args.quick else 1000,
         latency_rounds=2 if args.quick else 5,
     )
-    wanted = set(args.only or ROWS)
+    wanted: set[str] = set(args.only or ROWS)
     # Ended from outside, the daemon and the temporary directory must go too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="ctxstore-bench-", dir=args.dir) as name:
