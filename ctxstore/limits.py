@@ -82,6 +82,9 @@ LEASE_ARENA_FRACTION: Final = 0.25
 STAGING_MEMORY_FRACTION: Final = 0.125
 """Staging of all connections together, of the memory cap."""
 
+INLINE_MEMORY_FRACTION: Final = 1 / 16
+"""Payloads of inline shards, which lie outside the arena, of the memory cap."""
+
 SURVIVOR_SEGMENT_FRACTION: Final = 0.25
 """Shards hit since written that a reclaim copies out, of a segment's bytes (held ones always)."""
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _DERIVED_SIZES: Final = (
     "arena_bytes",
+    "inline_bytes_max",
     "staging_bytes_max",
     "staging_connection_bytes",
     "lease_connection_bytes_max",

@@ -138,7 +138,8 @@ class MemoryConfig:
         default=4 * limits.GIB,
         metadata=about(
             ValueKind.SIZE,
-            "Hard cap of arena and all staging together (the index is bounded by entries_max).",
+            "Hard cap of arena, all staging and inline payloads together (the index is bounded by "
+            "entries_max).",
             low=MEMORY_BYTES_MIN,
         ),
     )
@@ -293,7 +294,12 @@ class NamespaceConfig:
     )
     quota_bytes: int = field(
         default=0,
-        metadata=about(ValueKind.SIZE, "Most payload bytes on this node; 0 sets no quota.", low=0),
+        metadata=about(
+            ValueKind.SIZE,
+            "Most payload bytes on this node, on any tier; 0 sets no quota. A put beyond it is "
+            "REFUSED: a namespace at its quota never evicts, room comes from TTLs and removals.",
+            low=0,
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -394,8 +400,14 @@ class DaemonConfig:
 
     @property
     def arena_bytes(self) -> int:
-        """Size of the arena: the memory cap without staging, whole huge pages."""
-        return _round_down(self.memory.cap_bytes - self.staging_bytes_max, limits.HUGE_PAGE_BYTES)
+        """Size of the arena: the memory cap less staging and inline payloads, whole huge pages."""
+        rest = self.memory.cap_bytes - self.staging_bytes_max - self.inline_bytes_max
+        return _round_down(rest, limits.HUGE_PAGE_BYTES)
+
+    @property
+    def inline_bytes_max(self) -> int:
+        """Payload bytes of inline shards (1 KiB and less), which lie outside the arena."""
+        return int(self.memory.cap_bytes * limits.INLINE_MEMORY_FRACTION)
 
     @property
     def lease_connection_bytes_max(self) -> int:

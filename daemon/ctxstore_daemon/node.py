@@ -306,6 +306,7 @@ def engine_settings(config: DaemonConfig, geometry: Geometry) -> EngineSettings:
     return EngineSettings(
         namespaces=namespaces,
         arena_bytes=config.arena_bytes,
+        inline_bytes_max=config.inline_bytes_max,
         entries_max=config.limits.entries_max,
         shard_bytes_max=min(config.shard_bytes_max, geometry.shard_bytes_max),
         disk_bytes=geometry.segments * geometry.segment_bytes,

@@ -237,7 +237,8 @@ def test_too_small_a_memory_is_refused():
 @pytest.mark.parametrize("disk", [32 * MIB, 100 * MIB + 1, 4 * GIB, 20 * GIB, 10_000 * GIB])
 def test_derived_sizes_hold_together(memory, disk):
     config = DaemonConfig(memory=MemoryConfig(cap_bytes=memory), disk=DiskConfig(cap_bytes=disk))
-    assert config.arena_bytes + config.staging_bytes_max <= memory
+    assert config.arena_bytes + config.staging_bytes_max + config.inline_bytes_max <= memory
+    assert config.inline_bytes_max == memory // 16
     assert config.staging_bytes_max <= memory / 8
     assert 0 < config.staging_connection_bytes * 4 <= config.staging_bytes_max
     assert config.arena_bytes % (2 * MIB) == config.staging_bytes_max % (2 * MIB) == 0

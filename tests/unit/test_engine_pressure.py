@@ -306,6 +306,42 @@ def test_one_slot_class_without_room_does_not_stop_another(shell):
     assert shell.check_get(shell.replies[3, waiting][0], [1]) == [HIT]
 
 
+def test_inline_payloads_have_a_cap_and_leave_by_priority():
+    shell = FakeShell(inline_bytes_max=100_000)
+    shell.connect()
+    group = Durability.GROUP
+    assert shell.put(list(range(50)), 1000, priority=5, durability=group) == [COMMITTED] * 50
+    for n in range(100, 400, 10):
+        assert shell.put(list(range(n, n + 10)), 1000, durability=group) == [COMMITTED] * 10
+        assert shell.machine.stats().inline_bytes <= 100_000
+    assert shell.exists(range(50)) == [1] * 50
+    assert 40 <= sum(shell.exists(range(100, 400))) <= 50
+    assert shell.put(list(range(600, 900)), 1000, timeout_s=10.0) == [COMMITTED] * 300
+    assert shell.machine.stats().inline_bytes <= 100_000
+    shell.advance(S)
+    assert shell.put([500], 8192) == [COMMITTED], "the arena is another room"
+    shell.audit()
+    after = shell.restart(inline_bytes_max=20_000)
+    after.connect()
+    assert 15_000 < after.machine.stats().inline_bytes <= 20_000
+    after.audit()
+
+
+def test_inline_payloads_that_are_not_on_disk_make_others_wait():
+    shell = FakeShell(inline_bytes_max=100_000, arena_bytes=18 * MIB)
+    shell.connect()
+    shell.hold_back = (events.WriteGroup,)
+    assert shell.put(list(range(100)), 1000) == [COMMITTED] * 100
+    assert shell.machine.stats().dirty_bytes == 100_000
+    assert shell.put([200], 1000, timeout_s=0.5) is None
+    shell.advance(S)
+    assert shell.replies[1, shell._rid][0].result_column.tolist() == [PutResult.OVERLOADED]
+    assert shell.put([201], 1000) is None
+    shell.let_go()
+    assert shell.replies[1, shell._rid][0].result_column.tolist() == [COMMITTED]
+    shell.audit()
+
+
 def test_inline_payload_of_one_reply_is_bounded():
     shell = FakeShell(inline_reply_bytes_max=2500)
     shell.connect()

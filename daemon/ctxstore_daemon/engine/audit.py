@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ctxstore.limits import INLINE_BYTES_MAX
 from ctxstore_daemon.engine.index import DIRTY, INLINE, LOADING, VISIBLE, WRITING
 
 if TYPE_CHECKING:
@@ -104,6 +105,12 @@ def _caps(machine: Machine) -> list[str]:
     wrong = []
     if core.index.count > core.settings.entries_max:
         wrong.append("more rows than entries_max")
+    lengths = core.index.length[: core.index.high]
+    inline = int(lengths[lengths <= INLINE_BYTES_MAX].sum(dtype=np.int64))
+    if inline != core.inline_bytes:
+        wrong.append(f"{core.inline_bytes} inline bytes counted, {inline} found")
+    if inline > core.settings.inline_bytes_max and not machine.holds.ends:
+        wrong.append("more inline bytes than memory has room for")
     if machine.holds.held_bytes > machine.holds.share_bytes and machine.holds.ends:
         wrong.append("holds keep more than their share")
     for number, namespace in enumerate(core.settings.namespaces):

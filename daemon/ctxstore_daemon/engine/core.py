@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ctxstore import checksum
-from ctxstore.limits import PAGE_BYTES
+from ctxstore.limits import INLINE_BYTES_MAX, PAGE_BYTES
 from ctxstore_daemon.engine.admission import AdmissionPolicy, AdmitAll
 from ctxstore_daemon.engine.events import Instruction, Reply
 from ctxstore_daemon.engine.eviction import INLINE_CLASS, EvictionPolicy, S3Fifo
@@ -101,6 +101,8 @@ class Core:
         self.admission = admission or AdmitAll()
         self.counters = CountersState()
         self.conns: dict[int, ConnState] = {}
+        self.inline_bytes = 0
+        """Inline payloads in memory or on their way there."""
         self.ns_bytes = [0] * len(settings.namespaces)
         self.out: list[Instruction] = []
         self.now_ns = 0
@@ -197,6 +199,8 @@ class Core:
         row = self.index.allocate(ns, key)
         self.index.length_at[row] = length
         self.ns_bytes[ns] += length
+        if length <= INLINE_BYTES_MAX:
+            self.inline_bytes += length
         return row
 
     def place(self, row: int, page: int) -> None:
@@ -267,7 +271,10 @@ class Core:
             hook(row)
         self.give_up_slot(row)
         self.policy.discard(row)
-        self.ns_bytes[self.index.ns_at[row]] -= self.index.length_at[row]
+        length = self.index.length_at[row]
+        self.ns_bytes[self.index.ns_at[row]] -= length
+        if length <= INLINE_BYTES_MAX:
+            self.inline_bytes -= length
         self.index.release(row)
         self.room_changed = True
 

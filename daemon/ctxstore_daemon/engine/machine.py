@@ -143,6 +143,7 @@ class Machine:
         core.begin(now)
         for row, until in recovery.load(core, self.extents, recovered):
             self.holds.set(row, until)
+        self.room.inline(0)
         self.meta.reserve_sequence(sync=True)
         return core.out
 
@@ -322,7 +323,7 @@ class Machine:
             arena_bytes=core.settings.arena_bytes,
             arena_populated_bytes=slabs.populated_bytes,
             arena_used_bytes=slabs.used_pages * 4096,
-            inline_bytes=core.index.inline_bytes,
+            inline_bytes=core.inline_bytes,
             leases=len(self.leases.leases),
             leased_bytes=sum(conn.leased_bytes for conn in core.conns.values()),
             holds=len(self.holds.ends),

@@ -247,7 +247,7 @@ class PutsState:
             if quota and core.ns_bytes[operation.ns] + length > quota:
                 operation.decide(item, PutResult.REFUSED)
                 continue
-            if not self._room.entry():
+            if not (pages or self._room.inline(length)) or not self._room.entry():
                 break
             row = core.claim(operation.ns, operation.names[item], length)
             operation.rows[item] = row

@@ -252,6 +252,8 @@ def _fill(core: Core, copies: CopiesState, expires: npt.NDArray[np.int64]) -> Ro
         start = int(copies.inline_at[at])
         row = int(rows[at])
         index.set_inline(row, copies.inline[start : start + index.length_at[row]])
+        core.enqueue(row)
+    core.inline_bytes = index.inline_bytes
     for number in range(len(core.ns_bytes)):
         core.ns_bytes[number] = int(records["length"][copies.ns == number].sum(dtype=np.int64))
     return rows

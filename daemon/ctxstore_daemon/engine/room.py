@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ctxstore_daemon.engine.extents import ExtentsState
 
 _SLABS_TRIED_MAX: Final = 32
+_INLINE_VICTIMS: Final = 8
 _BALANCE_EVERY: Final = 8
 """Searches between two comparisons of the own class with the coldest slab of all."""
 
@@ -48,6 +49,22 @@ class Room:
         """
         for page in pages:
             self._core.slabs.disown(page)
+
+    def inline(self, length: int) -> bool:
+        """Whether there is room for an inline payload, maybe after evicting others.
+
+        Nothing reads an inline payload back from disk: one that is evicted is forgotten, though a
+        copy in a segment comes back after a restart.
+        """
+        core = self._core
+        while core.inline_bytes + length > core.settings.inline_bytes_max:
+            victims = core.policy.victims(INLINE_CLASS, _INLINE_VICTIMS, core.evictable)
+            if not victims:
+                core.room_wanted = True
+                return False
+            for row in victims:
+                core.evict(row)
+        return True
 
     def entry(self) -> bool:
         """Whether the index has a row left.

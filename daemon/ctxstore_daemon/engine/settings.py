@@ -57,5 +57,7 @@ class EngineSettings:
     """Extents in one ReadExtents, so that waiting requests progress one by one."""
     write_attempts_max: int = 3
     """Groups a memory-durability shard may fail in before it is kept in memory only."""
+    inline_bytes_max: int = 64 * limits.MIB
+    """Inline payloads in memory, outside the arena; shards of at most 1 KiB wait or make room."""
     inline_reply_bytes_max: int = 4 * limits.MIB
     """Inline payload of one reply, well inside a frame; more is OVERLOADED for those keys."""
