@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PARALLEL_THREADS: Final = 8
+DIAL_THREADS: Final = 8
+"""For the connections of tickets: a cancelled one does not wait for an answer to its hello."""
 
 GATHER_BYTES_MAX: Final = 64 * 1024
 """Buffers up to this together go by one system call; larger ones are faster one by one."""
@@ -87,9 +89,39 @@ class CancelState:
                 self._sockets.remove(sock)
 
     def on_cancel(self, wake: Callable[[], None]) -> None:
-        """Also call this when cancelled."""
+        """Also call this when cancelled; at once if that has happened."""
         with self._lock:
             self._wakers.append(wake)
+            if self.cancelled:
+                wake()
+
+
+class _ThreadsState:
+    """Threads started when there is work; a forked child begins with none."""
+
+    __slots__ = ("_count", "_lock", "_made", "_name", "_pool")
+
+    def __init__(self, pool: Pool, count: int, name: str) -> None:
+        self._pool = pool
+        self._count = count
+        self._name = name
+        self._lock = threading.Lock()
+        self._made: tuple[int, ThreadPoolExecutor] | None = None
+
+    def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Run it on one of the threads."""
+        with self._lock:
+            if self._made is None or self._made[0] != self._pool.process:
+                self._made = (self._pool.process, ThreadPoolExecutor(self._count, self._name))
+            executor = self._made[1]
+        return executor.submit(work, *arguments)
+
+    def close(self) -> None:
+        """Wait for what runs, and end the threads."""
+        with self._lock:
+            made, self._made = self._made, None
+        if made is not None and made[0] == self._pool.process:
+            made[1].shutdown()
 
 
 class BlockingDriver:
@@ -97,8 +129,8 @@ class BlockingDriver:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._lock = threading.Lock()
-        self._threads: tuple[int, ThreadPoolExecutor] | None = None
+        self._threads = _ThreadsState(pool, PARALLEL_THREADS, "ctxstore-stream")
+        self._dialers = _ThreadsState(pool, DIAL_THREADS, "ctxstore-dial")
 
     @property
     def pool(self) -> Pool:
@@ -131,9 +163,8 @@ class BlockingDriver:
     ) -> list[Any]:
         """Run plans side by side, the first on this thread; all are over when this returns."""
         context = Context(self._pool, context_deadline)
-        threads = self._executor()
         futures: list[tuple[Future[Any], Plan[Any]]] = [
-            (threads.submit(self.run, plan, context, cancel), plan) for plan in plans[1:]
+            (self._threads.submit(self.run, plan, context, cancel), plan) for plan in plans[1:]
         ]
         problem: BaseException | None = None
         results: list[Any] = []
@@ -152,19 +183,14 @@ class BlockingDriver:
             raise problem
         return results
 
-    def _executor(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._threads is None or self._threads[0] != self._pool.process:
-                executor = ThreadPoolExecutor(PARALLEL_THREADS, "ctxstore-stream")
-                self._threads = (self._pool.process, executor)
-            return self._threads[1]
+    def dial_apart(self, permit: Permit, timeout_s: float) -> Future[SocketLink | None]:
+        """Connect on another thread."""
+        return self._dialers.submit(self._pool.dial, permit, timeout_s)
 
     def close(self) -> None:
         """End the threads, after the pool was closed."""
-        with self._lock:
-            threads, self._threads = self._threads, None
-        if threads is not None and threads[0] == self._pool.process:
-            threads[1].shutdown()
+        self._threads.close()
+        self._dialers.close()
 
 
 class _Execution:
@@ -221,10 +247,32 @@ class _Execution:
 
     def _dial(self, permit: Permit) -> SocketLink | None:
         try:
-            return self._pool.dial(permit, self._remaining_s("a connection"))
+            remaining = self._remaining_s("a connection")
+            if self._cancel is None:
+                return self._pool.dial(permit, remaining)
+            dialing = self._driver.dial_apart(permit, remaining)
         except BaseException:
             self._pool.give_up(permit)  # unless dialling had begun
             raise
+        over = threading.Event()
+        dialing.add_done_callback(lambda _: over.set())
+        self._cancel.on_cancel(over.set)
+        over.wait(remaining)
+        if dialing.done():
+            return dialing.result()
+        dialing.cancel()
+        dialing.add_done_callback(lambda done: self._keep_for_others(done, permit))
+        why = "was cancelled" if self._cancel.cancelled else "got no connection in time"
+        raise DeadlineExceeded(f"the operation {why}")
+
+    def _keep_for_others(self, dialing: Future[SocketLink | None], permit: Permit) -> None:
+        """The connection that nobody waits for any more serves the next operation."""
+        if dialing.cancelled():
+            self._pool.give_up(permit)
+        elif dialing.exception() is None:
+            link = dialing.result()
+            if link is not None:
+                self._pool.give_back(link)
 
     def send(self, request: Send) -> None:
         """Send a frame behind what was deferred."""

@@ -72,7 +72,8 @@ class Ticket(Generic[T]):
     def cancel(self) -> bool:
         """End the operation; when this returns its buffers are not touched any more.
 
-        False when it was over already. Waits for a copy in progress, never for the daemon.
+        False when it was over already. Waits for a copy in progress, never for the daemon, also
+        while a connection to it is being made.
         """
         self._check_process()
         with self._lock:

@@ -107,6 +107,7 @@ def test_only_what_was_sent_may_be_stored(node: ScriptedNode, way: Way, staged: 
             driver = getattr(store, "store", store)._driver
             real = driver.context
             overloaded = 0
+            result = PutResult.OVERLOADED
             for looks in range(1, 40):
                 before = node.seen["Put"] + node.seen["PUT"]
                 async with store.alloc([5000]) as views:

@@ -6,18 +6,19 @@ Every way to a store, against a scripted node over real sockets.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ctxstore_client import Lookup, PutResult
+from ctxstore_client import Lookup, PutResult, connect
 from ctxstore_client.aio import AsyncDriver
 from ctxstore_client.dialing import Dialer
 from ctxstore_client.links import LinkKind
 from ctxstore_client.ops.requests import Acquire, Deadline, Plan, Purpose
 from ctxstore_client.pool import LINKS_MAX, Permit, Pool
-from tests.integration.client_faces import WAYS, Way, open_store
+from tests.integration.client_faces import WAYS, SyncAsAsync, Way, open_store
 from tests.unit.scripted_node import ScriptedNode, scripted_node
 
 if TYPE_CHECKING:
@@ -202,3 +203,37 @@ def test_the_deadline_holds_while_every_dialling_thread_is_busy(
             await in_step(store)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("shm", "opening"), [("require", "open_link"), ("off", "open_stream")])
+def test_cancelling_a_ticket_never_waits_for_a_dial(
+    node: ScriptedNode, monkeypatch: pytest.MonkeyPatch, shm: str, opening: str
+) -> None:
+    """As with a node that was stopped: the kernel accepts connections and nobody says hello."""
+    dialling = threading.Semaphore(0)
+    go_on = threading.Event()
+    real = getattr(Dialer, opening)
+
+    def silent(self: Dialer, *arguments: Any, **options: Any) -> Any:
+        dialling.release()
+        go_on.wait(10)
+        return real(self, *arguments, **options)
+
+    with connect(node.tcp_url, shm=shm) as store:
+        monkeypatch.setattr(Dialer, opening, silent)
+        for number in range(2):
+            ticket = store.submit_put([key(number)], [PAYLOAD])
+            assert dialling.acquire(timeout=5)
+            begun = time.monotonic()
+            assert ticket.cancel()
+            assert time.monotonic() - begun < 0.5
+            assert ticket.wait(0) == [PutResult.OVERLOADED]
+        late = store.submit_put([key(2)], [PAYLOAD], timeout_s=0.1)
+        assert late.wait(0.6) == [PutResult.OVERLOADED]
+        go_on.set()
+        assert store.submit_put([key(3)], [PAYLOAD]).wait(5) == [PutResult.COMMITTED]
+        until = time.monotonic() + 5.0
+        while store.stats()["client"]["links"] != open_links(store):
+            assert time.monotonic() < until, "the abandoned dials never came to an end"
+            time.sleep(0.005)
+        asyncio.run(in_step(SyncAsAsync(store)))
