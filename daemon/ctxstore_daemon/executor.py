@@ -347,8 +347,9 @@ class Executor:
             except StorageError as error:
                 done = events.GroupFailed(instruction.group_id, full=False, reason=str(error))
             self._groups.task_done()
-            self.submit(done)
+            # First what is free: the next group must not take what a reclaim needs now.
             self.report_segments()
+            self.submit(done)
 
     async def _recycle(self, instruction: events.RecycleSegment) -> None:
         segment = instruction.segment

@@ -155,11 +155,14 @@ def test_held_shards_that_fill_the_disk_refuse_new_ones_in_time(tmp_path: Path) 
         else:
             pytest.fail("holds have no bound")
         assert len(held) > 10
-        more = make_keys(2, 120, 300_000)
+        more = make_keys(2, 300, 300_000)
         began = time.monotonic()
         results = [put_all(store, [key], durability="group")[0] for key in more]
         assert set(results) == {PutResult.COMMITTED}, results
         assert time.monotonic() - began < 60
+        failed = re.search(r"groups_failed\S* (\d+)", daemon.http("/metrics")[1])
+        assert failed is not None
+        assert int(failed[1]) == 0, "others took the room of the survivors"
         assert all(hits(store, held)), "a held shard is never evicted"
         daemon.restart(kill=True)
         assert all(hits(store, held))

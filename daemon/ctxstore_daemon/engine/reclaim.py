@@ -105,11 +105,15 @@ class ReclaimState:
             self._drop_some()
         if self.phase is ReclaimPhase.DRAINING:
             self._maybe_recycle()
-        self._writeback.survivors_only = (
-            self.phase in (ReclaimPhase.READING, ReclaimPhase.WRITING)
-            and not self._extents.free
-            and not self._impatient
-        )
+        self._writeback.survivors_only = self._needs_last_segment()
+
+    def _needs_last_segment(self) -> bool:
+        """Whether others must not open the last free segment, or the one that is being made free:
+        what they leave of it may be too little for the survivors of a segment full of holds.
+        """
+        if self.phase in (ReclaimPhase.READING, ReclaimPhase.WRITING):
+            return self._extents.free <= 1 and not self._impatient
+        return self.phase is not ReclaimPhase.IDLE and not self._extents.free
 
     def next_step(self) -> int | None:
         """Now, while there are rows left to drop."""

@@ -370,7 +370,8 @@ class WritebackState:
         retry = event.full and self._full_failures < core.settings.write_attempts_max
         if event.full:
             self._full_failures += 1
-            self.blocked = retry
+            # A segment that became free in the meantime will not become free again.
+            self.blocked = retry and not self._extents.free
         again: list[int] = []
         for row, birth in zip(group.rows, group.births, strict=True):
             if not self._still_own(row, birth):
