@@ -68,6 +68,8 @@ class Findings:
     scans: list[SegmentScan] = field(default_factory=list)
     unreadable: dict[int, str] = field(default_factory=dict)
     damaged: RecordArray = field(default_factory=lambda: np.zeros(0, META_DTYPE))
+    unsynced: list[int] = field(default_factory=list)
+    """Segments with groups that can be read and are not known to be durable."""
 
 
 async def recover(
@@ -103,6 +105,8 @@ async def recover(
     damaged: list[RecordArray] = []
     for each in found.scans:
         if each.finding is Finding.DATA:
+            if (each.group_seq > np.uint64(synced)).any():
+                found.unsynced.append(each.segment)
             damaged.append(await _verify_unsynced(files, each, synced=synced, mover=mover))
             _drop(each, quarantined_mask(each, meta.quarantined))
     if damaged:

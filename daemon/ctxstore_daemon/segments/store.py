@@ -359,6 +359,13 @@ class SegmentStore:
             await self._files.forget(segment)
             await self._disk.remove(segment_name(segment))
         await self._meta.start(self._horizon, extra=start.extra)
+        resuming = None if start.writer is None else start.writer.state.segment
+        for segment in found.unsynced:
+            if segment != resuming and segment in start.segments:
+                try:
+                    await self._sync_segment(segment)
+                except StorageError as error:
+                    _LOG.warning("segment_unsynced segment=%d reason=%s", segment, error)
         if start.writer is not None:
             await self._resume(start.writer)
         resumed = None if self._writer is None else self._writer.state.segment
@@ -370,10 +377,15 @@ class SegmentStore:
         segment = writer.state.segment
         self._writer = writer
         try:
-            async with self._files.with_file(segment) as file:
-                # The last group may be complete and not durable; it is about to be relied upon.
-                await file.fdatasync()
+            await self._sync_segment(segment)
         except StorageError as error:
             await self._retire(segment, str(error))
         else:
             self._segments[segment].phase = SegmentPhase.OPEN
+
+    async def _sync_segment(self, segment: int) -> None:
+        """Make durable what recovery found: a process that was killed leaves its last group in the
+        page cache, complete and readable, and the next loss of power takes it.
+        """
+        async with self._files.with_file(segment) as file:
+            await file.fdatasync()
