@@ -274,7 +274,7 @@ class HistoryChecker:
 
     def node_died(self, now_ns: int, *, clean: bool) -> None:
         """The node stopped. `clean`: it wrote down everything before."""
-        for state in self._shards.values():
+        for shard, state in self._shards.items():
             state.removals_open = 0
             for began_ns in state.raising:  # of clients that died, or do not know yet
                 self._raise_high(state, began_ns, None, 0)
@@ -286,8 +286,11 @@ class HistoryChecker:
                 continue
             if duty.level < Level.GROUP:
                 state.duty = None
-            else:
-                duty.expires_low_ns = duty.durable_low_ns
+                continue
+            duty.expires_low_ns = duty.durable_low_ns
+            if self._oracle.loss_of(shard, duty.began_ns) is Loss.RECLAIMED:
+                # Only its copy in memory was left to be held.
+                duty.held_low_ns = -1
 
     def node_started(self, now_ns: int, *, clock_jumped: bool) -> None:
         """The node is back. After a jump of the wall clock a TTL may start again, or be over."""

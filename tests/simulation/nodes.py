@@ -71,6 +71,8 @@ class SimHost:
         self.watch = watch
         self.machine_class: type[WatchedMachine] = WatchedMachine
         self.mover_delay_s = 0.0
+        self.damage_chance = 0.01
+        """How often a payload of a put over a data connection is damaged on its way."""
         self.node: Node | None = None
         self.starts = 0
         self.failure: BaseException | None = None
@@ -208,6 +210,7 @@ class SimHost:
             clock=self.clock,
             on_over=self._stream_over,
             rng=self._rng,
+            damage_chance=self.damage_chance,
         )
         self._streams[stream] = None
         self._ends[end] = None

@@ -370,6 +370,7 @@ class Scenario:
     async def _make_peace(self) -> None:
         """No more faults; what was broken off is noticed."""
         self.network.heal()
+        self.host.damage_chance = 0.0
         self.host.disk.faults = FaultPlan()
         if self.host.node is None:
             await self._start()

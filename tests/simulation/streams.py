@@ -39,9 +39,6 @@ if TYPE_CHECKING:
 PART_BYTES = 64 * 1024
 """Payloads arrive in parts, so that other things happen in between."""
 
-DAMAGE_CHANCE = 0.01
-"""How often a payload of a put is damaged on its way."""
-
 
 class SimStream:
     """A data connection and what its thread does. Implements `StreamSink`."""
@@ -55,6 +52,7 @@ class SimStream:
         clock: SimClock,
         on_over: Callable[[SimStream], None],
         rng: Random,
+        damage_chance: float,
     ) -> None:
         self.end_point = end
         self._node = node
@@ -62,7 +60,7 @@ class SimStream:
         self._clock = clock
         self._on_over = on_over
         self._rng = rng
-        self.damage_chance = DAMAGE_CHANCE
+        self._damage_chance = damage_chance
         self._raw = bytearray()
         self._inbox: deque[StreamInstruction | None] = deque()
         self._news = asyncio.Event()
@@ -194,7 +192,7 @@ class SimStream:
             position += len(part)
         announced = wire_data.unpack_sum(await self._take(wire_data.DATA_SUM_BYTES))
         slot[length:] = 0
-        if length and self._rng.random() < self.damage_chance:
+        if length and self._rng.random() < self._damage_chance:
             payload[self._rng.randrange(length)] ^= 0x10
         found = checksum(payload, int(offer.seeds[index]))
         receipt.take(index, announced=announced, found=found)
