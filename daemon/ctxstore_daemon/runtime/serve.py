@@ -147,6 +147,7 @@ class _Daemon:
             # What recovery made stays for the life of the process: no collection needs to look.
             gc.collect()
             gc.freeze()
+            host.release_free_memory()
             _log.info(
                 "arena",
                 bytes=self._arena.bytes_total,
