@@ -143,7 +143,9 @@ class Course(Scenario):
         await self._show_progress()
         await self._check_leaks()
         client.pool.close()
-        await self._end_process(clean=True)
+        await self._stop_and_go(clean=True)
+        await self._settle_accounts("after a last stop")
+        await self._end_process(clean=False, kind=CrashKind.KILL)
 
     async def _stop_and_go(self, *, clean: bool, kind: CrashKind = CrashKind.KILL) -> None:
         if self._reviving is not None:
