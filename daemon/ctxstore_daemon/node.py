@@ -150,7 +150,7 @@ class Node:
             self._executor = executor
             self._server = self._make_server(identity, settings, executor)
             self._runner = asyncio.create_task(executor.run(), name="executor")
-            await executor.begin(orders)
+            await self._begin(executor, orders)
             executor.submit(events.ArenaGrew(seams.arena.populated_bytes))
             executor.report_segments()
         except BaseException:
@@ -160,6 +160,19 @@ class Node:
         took_s = (self._started_ns - began.mono_ns) / 1e9
         _log.info("node_started", node=self.node_id, recovery_s=took_s)
         self.phase = NodePhase.SERVING
+
+    async def _begin(self, executor: Executor, orders: list[events.Instruction]) -> None:
+        """Carry out what loading ordered; an executor that ends over it ends the start."""
+        assert self._runner is not None, "the executor runs first"
+        beginning = asyncio.create_task(executor.begin(orders), name="begin")
+        try:
+            both = {beginning, self._runner}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if self._runner.done():
+                self._runner.result()
+            await beginning
+        finally:
+            beginning.cancel()
 
     def greet(self, *, local: bool) -> Greeting:
         """The hello of a connection that has just been accepted."""

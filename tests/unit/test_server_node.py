@@ -34,6 +34,7 @@ from ctxstore.wire.codec import encode_frame
 from ctxstore.wire.connection import ControlConnection, Side
 from ctxstore_daemon.engine import events
 from ctxstore_daemon.node import Node, NodePhase, Seams
+from ctxstore_daemon.segments.store import SegmentStore
 from ctxstore_daemon.server import session as session_module
 from ctxstore_daemon.server.data import PutReceiptState, request_event
 from ctxstore_daemon.server.flow import Flow, flow_of
@@ -564,6 +565,18 @@ def test_a_defect_of_the_engine_ends_the_node(monkeypatch: pytest.MonkeyPatch) -
             await node.wait_failed()
         assert node.health().failed
         await node.stop(1.0)
+
+    run(main())
+
+
+def test_a_defect_while_a_node_begins_ends_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no such record")
+
+    async def main() -> None:
+        monkeypatch.setattr(SegmentStore, "append_meta", broken)
+        with pytest.raises((RuntimeError, ExceptionGroup)):
+            await asyncio.wait_for(_node().start(), 60.0)
 
     run(main())
 
