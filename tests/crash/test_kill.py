@@ -35,6 +35,9 @@ KILLS: Final = int(os.environ.get("CTXSTORE_CRASH_KILLS", "20"))
 EPOCH_KILLS_MAX: Final = 20
 """Kills over one data directory: all that is put in one epoch fits the disk."""
 
+MEMORY: Final = "256MiB"
+"""A 16th of it is for inline shards: all of one epoch fit, so that none may leave."""
+
 SEED: Final = int(os.environ.get("CTXSTORE_CRASH_SEED", str(time.time_ns() % 1_000_000)))
 ANSWER_TIMEOUT_S: Final = 60.0
 
@@ -168,7 +171,7 @@ def test_acknowledged_shards_survive_kills_under_load(
     rng = random.Random(seed)
     began = time.monotonic()
     with (
-        daemon_process(tmp_path / "data", memory="96MiB", disk="2GiB") as daemon,
+        daemon_process(tmp_path / "data", memory=MEMORY, disk="2GiB") as daemon,
         working(daemon, seed) as workers,
     ):
         try:
@@ -195,7 +198,7 @@ def test_kills_during_recovery_lose_nothing(tmp_path: Path) -> None:
     """The start is a moment like any other: killed while it recovers, it recovers the next time."""
     rng = random.Random(SEED)
     with (
-        daemon_process(tmp_path / "data", memory="96MiB", disk="2GiB") as daemon,
+        daemon_process(tmp_path / "data", memory=MEMORY, disk="2GiB") as daemon,
         working(daemon, SEED) as workers,
     ):
         try:
