@@ -23,7 +23,7 @@ from ctxstore.errors import (
     UnknownNamespace,
     WrongCluster,
 )
-from ctxstore.limits import KIB, MIB
+from ctxstore.limits import MIB
 from ctxstore.testing.clock import SimClock
 from ctxstore.testing.disk import CrashKind, SimDisk
 from ctxstore.testing.loop import run
@@ -35,9 +35,7 @@ from ctxstore.wire.connection import ControlConnection, Side
 from ctxstore_daemon.engine import events
 from ctxstore_daemon.node import Node, NodePhase, Seams
 from ctxstore_daemon.segments.store import SegmentStore
-from ctxstore_daemon.server import session as session_module
 from ctxstore_daemon.server.data import PutReceiptState, request_event
-from ctxstore_daemon.server.flow import Flow, flow_of
 from ctxstore_daemon.server.session import Greeting
 from ctxstore_daemon.server.shm import StagingBudgetState, StagingGrant
 from ctxstore_daemon.tiers.memory import HeapArena
@@ -600,10 +598,3 @@ def test_figures_before_the_start_are_few_but_there() -> None:
         assert not node.health().serving
 
     run(main())
-
-
-def test_flow() -> None:
-    assert flow_of(0, paused=False) is Flow.RUN
-    assert flow_of(64 * KIB, paused=True) is Flow.PAUSE
-    assert flow_of(limits.OUTBOX_BYTES_MAX + 1, paused=True) is Flow.END
-    assert session_module.STREAMS_MAX <= 64
